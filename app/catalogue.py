@@ -1,0 +1,144 @@
+"""What a public name resolves to: models, their variants, and each variant's manifest.
+
+`smollm2` means any variant of the model, `smollm2:w8a8` pins one. The catalogue is immutable; a reload builds a new
+one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app import settings
+from app.errors import ConfigurationError, ModelNotFound
+
+MANIFEST_FILE = "sluice.json"
+SHOWN_NAME_CHARS = 200
+
+
+class Manifest(BaseModel):
+    """How a variant was made, written as `sluice.json` beside its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="public name of the model")
+    variant: str
+    base: str = Field(description="what the recipe started from: a package, a hub id or a path's last part")
+    recipe: str
+    parameters: dict[str, Any] = Field(default_factory=dict, description="the recipe's parameters")
+    libraries: dict[str, str] = Field(default_factory=dict, description="distribution name to version")
+    weights_bytes: int = Field(ge=0)
+    parameters_count: int = Field(ge=0)
+    quantization: str | None = None
+    context_length: int | None = Field(None, ge=1, description="tokens")
+    calibration_sha256: str | None = None
+
+    def write(self, directory: Path) -> None:
+        (directory / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """The manifest in `directory`. Raises ConfigurationError when it is missing or does not fit the schema."""
+        path = directory / MANIFEST_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ConfigurationError(f"{path}: {error.strerror or error}") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ConfigurationError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAddress:
+    """Where a worker of a variant listens, what it calls the model, and how many slots it has."""
+
+    id: str
+    host: str
+    port: int
+    served_model: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One form of a model, with the workers of its pool."""
+
+    model: str
+    name: str
+    workers: tuple[WorkerAddress, ...]
+    quantization: str | None = None
+    context_length: int | None = None
+
+    @property
+    def public_name(self) -> str:
+        return f"{self.model}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What clients ask for; the order of its variants is the operator's preference."""
+
+    name: str
+    variants: tuple[Variant, ...]
+
+
+class Catalogue:
+    """Every public name and what stands behind it."""
+
+    def __init__(self, models: tuple[Model, ...]) -> None:
+        self.models = models
+        self._by_name: dict[str, tuple[Variant, ...]] = {}
+        for model in models:
+            self._by_name[model.name] = model.variants
+            for variant in model.variants:
+                self._by_name[variant.public_name] = (variant,)
+
+    @classmethod
+    def of(cls, configured: tuple[settings.Model, ...]) -> Catalogue:
+        """The catalogue of a configuration. Raises ConfigurationError for a manifest that cannot be read."""
+        return cls(tuple(_model(model) for model in configured))
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(variant for model in self.models for variant in model.variants)
+
+    def resolve(self, name: str) -> tuple[Variant, ...]:
+        """The variants that may serve `name`, in the operator's order. Raises ModelNotFound."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            shown = name[:SHOWN_NAME_CHARS]
+            raise ModelNotFound(
+                f"The model {shown!r} does not exist or you do not have access to it.", param="model"
+            ) from None
+
+
+def _model(configured: settings.Model) -> Model:
+    return Model(configured.name, tuple(_variant(configured.name, variant) for variant in configured.variants))
+
+
+def _variant(model: str, configured: settings.Variant) -> Variant:
+    manifest = Manifest.read(configured.manifest.parent) if configured.manifest else None
+    return Variant(
+        model=model,
+        name=configured.name,
+        workers=tuple(_worker(f"{model}:{configured.name}", worker) for worker in configured.workers),
+        quantization=configured.quantization or (manifest.quantization if manifest else None),
+        context_length=manifest.context_length if manifest else None,
+    )
+
+
+def _worker(public_name: str, configured: settings.Worker) -> WorkerAddress:
+    authority = configured.url.removeprefix("http://")
+    host, _, port = authority.rpartition(":") if ":" in authority.rpartition("]")[2] else (authority, "", "80")
+    return WorkerAddress(
+        id=authority,
+        host=host.strip("[]"),
+        port=int(port),
+        served_model=configured.served_model or public_name,
+        slots=configured.max_concurrency,
+    )

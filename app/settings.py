@@ -1,0 +1,249 @@
+"""Settings: one YAML file, single values overridden by `SLUICE_…` environment variables.
+
+Frozen and nested, one part per package, units in the names. `SLUICE_LISTEN__PORT=9000` overrides `listen.port`.
+An unknown key is an error: a limit that is misspelt must not silently be absent.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from app.errors import ConfigurationError
+
+CONFIG_FILE_MAX_BYTES = 4 * 1024 * 1024
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
+VARIANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
+
+
+class Part(BaseModel):
+    """A part of the settings: immutable, and strict about keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Listen(Part):
+    """Where clients connect. `processes` share one socket."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    processes: int = Field(1, ge=1, le=64)
+
+
+class Admin(Part):
+    """A listener of its own for `/metrics`, `/docs` and `/admin`; the public one then answers 404 for them."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8001, ge=0, le=65535)
+
+
+class Redis(Part):
+    """The server that all gateway processes share. Left out, each process admits on its own."""
+
+    url: str = "redis://127.0.0.1:6379/0"
+
+
+class Auth(Part):
+    """API keys."""
+
+    enabled: bool = False
+
+
+class Worker(Part):
+    """One vLLM server that runs already."""
+
+    url: str
+    served_model: str | None = Field(None, description="the name vLLM knows the model by; default: `model:variant`")
+    max_concurrency: int = Field(64, ge=1, le=65536, description="slots: requests this worker holds at once")
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain_http(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+            raise ValueError("a worker's url is http://HOST:PORT")
+        return url.rstrip("/")
+
+
+class Variant(Part):
+    """One form of a model; its workers are interchangeable."""
+
+    name: str
+    workers: tuple[Worker, ...] = Field(min_length=1)
+    quantization: str | None = None
+    manifest: Path | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_variant_name(cls, name: str) -> str:
+        if not VARIANT_NAME.match(name):
+            raise ValueError("a variant's name has letters, digits and . _ + - only")
+        return name
+
+
+class Model(Part):
+    """What clients ask for by `name`; `name:variant` pins one variant."""
+
+    name: str
+    policy: Literal["balanced"] = Field("balanced", description="the least loaded worker among all listed variants")
+    variants: tuple[Variant, ...] = Field(min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _is_model_name(cls, name: str) -> str:
+        if not NAME.match(name):
+            raise ValueError("a model's name has letters, digits and . _ / - only")
+        return name
+
+    @model_validator(mode="after")
+    def _variants_differ(self) -> Model:
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) != len(names):
+            raise ValueError(f"model {self.name!r} lists a variant twice")
+        return self
+
+
+class Admission(Part):
+    """Bounds of what waits."""
+
+    queue_limit: int = Field(1000, ge=0, description="requests that may wait, in one process")
+    queue_timeout_s: float = Field(30, gt=0, le=3600, description="longest wait for a slot")
+    no_worker_timeout_s: float = Field(3, ge=0, le=60, description="longest wait while no worker is usable at all")
+
+
+class Relay(Part):
+    """Limits of one exchange with a worker."""
+
+    connect_timeout_s: float = Field(2, gt=0, le=60)
+    first_byte_timeout_s: float = Field(120, gt=0, le=3600, description="from dispatch to the worker's first body byte")
+    gap_timeout_s: float = Field(60, gt=0, le=3600, description="longest silence inside a stream")
+    total_timeout_s: float = Field(3600, gt=0, le=86400)
+    client_stall_timeout_s: float = Field(30, gt=0, le=3600, description="longest time a client may not read")
+    idle_connections_per_worker: int = Field(256, ge=0, le=65536)
+    keepalive_s: float = Field(4, gt=0, le=300, description="below the worker's own keep-alive, vLLM's default is 5 s")
+
+
+class Limits(Part):
+    """Bounds on what a client may send."""
+
+    body_bytes: int = Field(16 * 1024 * 1024, ge=1024)
+    body_timeout_s: float = Field(30, gt=0, le=600)
+
+
+class Health(Part):
+    """How workers are watched."""
+
+    probe_interval_s: float = Field(2, gt=0, le=60)
+    probe_timeout_s: float = Field(1, gt=0, le=60)
+    probe_misses: int = Field(3, ge=1, le=100, description="failed probes in a row before a worker is left")
+    canary_timeout_s: float = Field(60, gt=0, le=600, description="longest wait for the one token that proves a worker")
+
+
+class Logs(Part):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "text"] = "json"
+    requests: Literal["all", "failed", "none"] = "failed"
+
+
+class Settings(BaseSettings):
+    """The whole configuration of one gateway."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="SLUICE_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    listen: Listen = Listen()
+    admin: Admin | None = None
+    redis: Redis | None = None
+    auth: Auth = Auth()
+    models: tuple[Model, ...] = ()
+    admission: Admission = Admission()
+    relay: Relay = Relay()
+    limits: Limits = Limits()
+    health: Health = Health()
+    logs: Logs = Logs()
+    drain_timeout_s: float = Field(30, ge=0, le=3600, description="after SIGTERM: time for open requests to finish")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # The file arrives as init values; the environment overrides single values of it.
+        return env_settings, init_settings
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Settings:
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError("a model is listed twice")
+        urls = [worker.url for model in self.models for variant in model.variants for worker in variant.workers]
+        if len(set(urls)) != len(urls):
+            raise ValueError("a worker's url is listed twice")
+        if self.auth.enabled:
+            raise ValueError("auth.enabled: this release has no API keys; bind to loopback or put a proxy in front")
+        return self
+
+
+def load_settings(
+    path: Path | None = None, *, host: str | None = None, port: int | None = None, processes: int | None = None
+) -> Settings:
+    """Settings from `path` (YAML), overridden by the environment, overridden by the given arguments.
+
+    Raises ConfigurationError with one line that names the file and the first offending key.
+    """
+    where = str(path) if path else "environment"
+    values = _read_yaml(path) if path else {}
+    try:
+        settings = Settings(**values)
+        flags = {"host": host, "port": port, "processes": processes}
+        listen = Listen(**{**settings.listen.model_dump(), **{k: v for k, v in flags.items() if v is not None}})
+    except ValidationError as error:
+        raise ConfigurationError(f"{where}: {_first_line(error)}") from None
+    return settings.model_copy(update={"listen": listen})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is reachable from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > CONFIG_FILE_MAX_BYTES:
+            raise ConfigurationError(f"{path}: larger than {CONFIG_FILE_MAX_BYTES} bytes")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}: a mapping of settings is expected")
+    return {str(key): value for key, value in values.items()}
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
