@@ -1,0 +1,56 @@
+"""Fixtures shared by all tests: real Valkey, the fake worker, free ports, and a check that no process is left."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from tests.fakes.worker import FakeWorker
+from tests.processes import Valkey, free_port
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_leftover_processes() -> Iterator[None]:
+    """Set up first, so torn down last: every child that any test or fixture started must be gone by then."""
+    yield
+    left = [f"{child.pid} {child.name()}" for child in psutil.Process().children(recursive=True)]
+    assert not left, f"processes left behind: {left}"
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def _shared_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with Valkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+def valkey(_shared_valkey: Valkey) -> Valkey:
+    """The session's Valkey, emptied of keys and scripts. Tests that break the server take `own_valkey`."""
+    with redis.Redis.from_url(_shared_valkey.url) as client:
+        client.flushall()
+        client.script_flush()
+    return _shared_valkey
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
+    """A Valkey of this test alone, to be killed, paused and restarted."""
+    with Valkey(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def fake_worker() -> AsyncIterator[FakeWorker]:
+    """A running fake worker that serves the model `m`."""
+    async with FakeWorker("m") as worker:
+        yield worker
