@@ -1,0 +1,110 @@
+"""`python -m loadtest bench`: what the gateway costs, beside a naive relay and its peers."""
+
+import asyncio
+import os
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import click
+import uvloop
+
+from loadtest.bench import Cores, Findings, Plan, bench
+from loadtest.cpu import split_cores, usable_cores
+from loadtest.peers import PEERS, bench_home, install
+from loadtest.report import circumstances, figures_table, render, verdicts
+from loadtest.targets import Target, targets
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+QUICK = Plan(repeats=1, window_s=1.5, warmup_s=0.5, idle_count=200)
+
+
+@click.group()
+def main() -> None:
+    """Measure what stands between clients and vLLM workers. Load goes to loopback only."""
+
+
+@main.command("bench")
+@click.option("--targets", "names", help="Comma-separated; default: all that are installed.")
+@click.option("--repeats", type=click.IntRange(1, 20), default=3, show_default=True, help="Rounds over the targets.")
+@click.option("--seconds", type=click.FloatRange(0.5, 60), default=6.0, show_default=True, help="Measured window.")
+@click.option("--idle-streams", type=click.IntRange(10, 5_000), default=2_000, show_default=True)
+@click.option("--quick", is_flag=True, help="One short round: does it work? Writes no results by itself.")
+@click.option("--install-peers", is_flag=True, help="First install vllm-router and Envoy under $SLUICE_HOME/bench.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
+def bench_command(
+    names: str | None,
+    repeats: int,
+    seconds: float,
+    idle_streams: int,
+    quick: bool,
+    install_peers: bool,
+    output: Path | None,
+) -> None:
+    """CPU per request and per chunk, added latency and memory, one target at a time."""
+    if install_peers:
+        _install_peers()
+    chosen = _chosen(names)
+    plan = QUICK if quick else Plan(repeats, seconds, idle_count=idle_streams)
+    _allow_files(2 * plan.idle_count + 1_000)
+    cores = Cores(*split_cores(usable_cores()))
+    where = circumstances({target.name: target.version() for target in chosen})
+    results = uvloop.run(_measure(chosen, plan, cores))
+    print("\n" + figures_table(results) + "\n" + "\n".join(verdicts(results)))
+    written = output or (None if quick else RESULTS)
+    if written:
+        written.write_text(render(results, plan, cores, where))
+        print(f"written to {written}")
+    if any(not found.values for found in results.values()):
+        raise SystemExit(1)
+
+
+def _install_peers() -> None:
+    for peer in PEERS:
+        print(f"{peer.distribution} {peer.version}: ", end="", flush=True)
+        try:
+            print("installed" if install(peer, bench_home()) else "is there")
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"not installed: {error}")
+
+
+def _chosen(names: str | None) -> list[Target]:
+    """The targets to measure; a missing one is skipped with a line.
+
+    Raises:
+        click.UsageError: an unknown name, or nothing left to measure.
+    """
+    known = targets(bench_home())
+    asked = names.split(",") if names else list(known)
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise click.UsageError(f"unknown target {unknown[0]!r}; known: {', '.join(known)}")
+    for name in asked:
+        if why := known[name].missing():
+            print(f"skipping {name}: {why}")
+    chosen = [known[name] for name in asked if not known[name].missing()]
+    if not chosen:
+        raise click.UsageError("none of the targets is there to measure")
+    return chosen
+
+
+def _allow_files(count: int) -> None:
+    """Let this process and those it starts hold `count` open files; a relay has two for each stream."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise click.UsageError(f"{count} open files needed, the system allows {hard}: lower --idle-streams")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _measure(chosen: list[Target], plan: Plan, cores: Cores) -> dict[str, Findings]:
+    """Run the bench on the load's cores; SIGTERM ends it as Ctrl-C does, with every process stopped."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    os.sched_setaffinity(0, cores.load)
+    return await bench(chosen, plan, cores)
+
+
+if __name__ == "__main__":
+    main()

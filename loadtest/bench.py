@@ -1,0 +1,239 @@
+"""The measurement: which load, on which target, in which order, and what is read meanwhile."""
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from loadtest.client import ChatRequest
+from loadtest.cpu import MeterError, cpu_between, read_cpu, read_pss_mib
+from loadtest.figures import Figure
+from loadtest.loads import LoadError, OpenLoopResult, closed_loop, idle_streams, open_loop
+from loadtest.pacing import jittered_times, poisson_times
+from loadtest.processes import ProcessError, free_address, running, until_ready
+from loadtest.samples import percentile
+from loadtest.targets import Site, Target
+
+TTFT_RATE = 200
+"""Requests per second of the open loop that measures added TTFT."""
+CHUNK_RATE = 6_000
+"""Chunks per second of the open loop that measures added inter-token delay."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how often. Seconds throughout.
+
+    Attributes:
+        window_s: length of one measured window.
+        warmup_s: load applied before the window opens.
+        idle_count: streams held open for the memory figure.
+        idle_gap_s: between the first and the second token of those; bounds the time to open and weigh them.
+    """
+
+    repeats: int = 3
+    window_s: float = 6.0
+    warmup_s: float = 1.5
+    idle_count: int = 2_000
+    idle_gap_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Which cores the worker and the client share, and which the target has."""
+
+    load: set[int]
+    target: set[int]
+
+
+@dataclass
+class Findings:
+    """What one target showed: for each figure one value per repeat, and what a reader must know beside them."""
+
+    values: dict[Figure, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, figure: Figure, value: float) -> None:
+        self.values.setdefault(figure, []).append(value)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What happened between two readings: CPU and wall time in ns, answers and content chunks."""
+
+    cpu_ns: int
+    wall_ns: int
+    answers: int
+    tokens: int
+
+
+class Visit:
+    """One freshly started target in front of a fresh worker, and the loads it is put through."""
+
+    def __init__(self, target: Target, plan: Plan, repeat: int, site: Site, pid: int, findings: Findings) -> None:
+        self._target, self._plan, self._repeat = target, plan, repeat
+        self._site, self._pid, self._findings = site, pid, findings
+
+    async def weigh(self) -> None:
+        """Memory, which only a target that has carried nothing yet shows clearly."""
+        await self._try("memory", self._memory)
+
+    async def load(self) -> None:
+        """CPU and latency."""
+        await self._try("1 KB prompts", self._chat_1k)
+        await self._try("streams", self._streams)
+        await self._try("open-loop requests", self._added_ttft)
+        await self._try("open-loop chunks", self._added_chunk_delay)
+        await self._try("32 KB prompts", self._chat_32k)
+        await self._try("1 MB prompts", self._chat_1m)
+
+    async def _try(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
+        """Take one step; if it fails it leaves a note, and the others go on."""
+        try:
+            await self._pace()
+            await step()
+        except (LoadError, MeterError) as error:
+            self._findings.note(f"{name}: {error}")
+            name = f"{name}: {error}"
+        print(f"  {self._repeat + 1}/{self._plan.repeats} {self._target.name}: {name}", flush=True)
+
+    async def _chat_1k(self) -> None:
+        window = await self._closed_loop(ChatRequest(1_000, 64, stream=False), connections=32)
+        self._findings.add(Figure.CPU_REQUEST_1K, window.cpu_ns / window.answers / 1e3)
+        self._findings.add(Figure.RATE_1K, window.answers / window.wall_ns * 1e9)
+        self._findings.add(Figure.BUSY_1K, window.cpu_ns / window.wall_ns * 100)
+
+    async def _chat_32k(self) -> None:
+        window = await self._closed_loop(ChatRequest(32_000, 64, stream=False), connections=32)
+        self._findings.add(Figure.CPU_REQUEST_32K, window.cpu_ns / window.answers / 1e3)
+
+    async def _chat_1m(self) -> None:
+        window = await self._closed_loop(ChatRequest(1_000_000, 64, stream=False), connections=8)
+        self._findings.add(Figure.CPU_REQUEST_1M, window.cpu_ns / window.answers / 1e3)
+
+    async def _streams(self) -> None:
+        """64 streams whose chunks fall due one by one, slowly enough that every chunk is a wake-up of its own."""
+        itl_ms, tokens = 32.0, 64
+        await self._pace(itl_ms=itl_ms)
+        stream = ChatRequest(1_000, tokens, stream=True)
+        window = await self._closed_loop(stream, connections=64, stagger_s=tokens * itl_ms / 1e3)
+        self._findings.add(Figure.CPU_CHUNK, window.cpu_ns / window.tokens / 1e3)
+
+    async def _closed_loop(self, request: ChatRequest, connections: int, stagger_s: float = 0.0) -> Window:
+        async with closed_loop(self._site.address, request, connections, stagger_s) as load:
+            await asyncio.sleep(self._plan.warmup_s)
+            before, answers, tokens = read_cpu(self._pid), load.answers, load.tokens
+            await asyncio.sleep(self._plan.window_s)
+            after, answers, tokens = read_cpu(self._pid), load.answers - answers, load.tokens - tokens
+        if load.failures or not answers:
+            raise LoadError(f"{answers} answers, failures {dict(load.failures)}")
+        return Window(cpu_between(before, after), after.at_ns - before.at_ns, answers, tokens)
+
+    async def _added_ttft(self) -> None:
+        """Independent callers, short streamed answers without gaps; the same schedule for both roads."""
+        times = poisson_times(TTFT_RATE, self._plan.warmup_s + self._plan.window_s, seed=self._repeat)
+        direct, through = await self._both_roads(ChatRequest(1_000, 16, stream=True), times)
+        for figure, q in ((Figure.ADDED_TTFT_P50, 0.5), (Figure.ADDED_TTFT_P99, 0.99)):
+            self._findings.add(figure, (percentile(through.ttft_ns, q) - percentile(direct.ttft_ns, q)) / 1e6)
+
+    async def _added_chunk_delay(self) -> None:
+        """Streams start steadily, so that after one stream's length the offered chunk rate is CHUNK_RATE."""
+        itl_ms, tokens = 20.0, 100
+        await self._pace(itl_ms=itl_ms)
+        times = jittered_times(CHUNK_RATE / tokens, tokens * itl_ms / 1e3 + self._plan.window_s, self._repeat)
+        direct, through = await self._both_roads(
+            ChatRequest(1_000, tokens, stream=True), times, warmup_s=tokens * itl_ms / 1e3
+        )
+        print(
+            "DBG",
+            [
+                [percentile(r.chunk_delay_ns, q) / 1e3 for q in (0.1, 0.5, 0.9, 0.99)] + [len(r.chunk_delay_ns)]
+                for r in (direct, through)
+            ],
+        )
+        for figure, q in ((Figure.ADDED_CHUNK_P50, 0.5), (Figure.ADDED_CHUNK_P99, 0.99)):
+            added_ns = percentile(through.chunk_delay_ns, q) - percentile(direct.chunk_delay_ns, q)
+            self._findings.add(figure, added_ns / 1e6)
+
+    async def _both_roads(
+        self, request: ChatRequest, times_ns: Sequence[int], warmup_s: float | None = None
+    ) -> tuple[OpenLoopResult, OpenLoopResult]:
+        direct, through = [
+            await open_loop(
+                address,
+                request,
+                times_ns,
+                warmup_s=self._plan.warmup_s if warmup_s is None else warmup_s,
+                connections=256,
+                grace_s=10,
+            )
+            for address in (self._site.worker, self._site.address)
+        ]
+        if direct.failures or direct.unfinished:
+            raise LoadError(f"the worker itself did not carry the load: {direct.unfinished} unfinished")
+        if through.failures:
+            raise LoadError(f"failures {dict(through.failures)}")
+        if through.unfinished:
+            self._findings.note(f"{through.unfinished} of {through.offered} open-loop requests unfinished after 10 s")
+        return direct, through
+
+    async def _memory(self) -> None:
+        count, gap_s = self._plan.idle_count, self._plan.idle_gap_s
+        await self._pace(itl_ms=gap_s * 1e3)
+        before = read_pss_mib(self._pid)
+        self._findings.add(Figure.PSS, before)
+        async with idle_streams(self._site.address, ChatRequest(1_000, 2, stream=True), count, gap_s * 0.9):
+            self._findings.add(Figure.IDLE_STREAM, (read_pss_mib(self._pid) - before) * 1024 / count)
+
+    async def _pace(self, ttft_ms: float = 0.0, itl_ms: float = 0.0) -> None:
+        async with httpx.AsyncClient(base_url=self._site.worker.url, timeout=5) as client:
+            answer = await client.post("/pace", json={"ttft_ms": ttft_ms, "itl_ms": itl_ms})
+            answer.raise_for_status()
+
+
+@asynccontextmanager
+async def visit(target: Target, plan: Plan, repeat: int, cores: Cores, findings: Findings) -> AsyncIterator[Visit]:
+    """Start a worker and the target in front of it, and stop both when the block ends.
+
+    Raises:
+        ProcessError: one of them did not become ready.
+    """
+    with tempfile.TemporaryDirectory(prefix="sluice-bench-") as name:
+        site = Site(free_address(), free_address(), Path(name))
+        worker = [sys.executable, "-m", "loadtest.fake_vllm", "--port", str(site.worker.port)]
+        worker_log, target_log = site.directory / "worker.log", site.directory / f"{target.name}.log"
+        async with running(worker, cores.load, worker_log) as process:
+            await until_ready(process, site.worker, "/health", worker_log)
+            async with running(target.command(site), cores.target, target_log) as process:
+                await until_ready(process, site.address, target.ready_path, target_log)
+                yield Visit(target, plan, repeat, site, process.pid, findings)
+
+
+async def bench(targets: Sequence[Target], plan: Plan, cores: Cores) -> dict[str, Findings]:
+    """Visit the targets in turn, as often as the plan says: A B C A B C, so that a slow drift of the machine hits all.
+
+    A target that does not start is noted and left out of the later rounds.
+    """
+    findings = {target.name: Findings() for target in targets}
+    remaining = list(targets)
+    for repeat in range(plan.repeats):
+        for target in list(remaining):
+            try:
+                async with visit(target, plan, repeat, cores, findings[target.name]) as fresh:
+                    await fresh.weigh()
+                async with visit(target, plan, repeat, cores, findings[target.name]) as fresh:
+                    await fresh.load()
+            except ProcessError as error:
+                remaining.remove(target)
+                findings[target.name].note(f"did not run: {error}")
+                print(f"  {target.name} did not run: {error}", flush=True)
+    return findings

@@ -1,0 +1,278 @@
+"""A very light stand-in for a vLLM worker, for measuring what stands in front of it.
+
+It speaks HTTP/1.1 on a raw asyncio protocol, so that its own cost stays far below any relay's. Every content chunk
+carries `"t"`: the CLOCK_MONOTONIC nanosecond at which it was *due*, so a client on the same machine sees how late it
+arrives, whoever was late. The order of the chunks is vLLM's: role, content (the first together with the role), finish,
+usage if asked for, `[DONE]`.
+
+    python -m loadtest.fake_vllm --port 9001 --model m
+
+`POST /pace {"ttft_ms": 0, "itl_ms": 20}` sets the speed of the answers that follow; 0 means at once. Speed is set
+out of band because some relays drop request fields they do not know.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import click
+import httptools
+import msgspec
+import uvloop
+
+from loadtest.pacing import Pacer
+
+MAX_TOKENS = 100_000
+"""Longest answer; with the chunk's ~170 bytes it bounds what one unread answer can hold in memory."""
+
+_CREATED = b'"created":1795247277,"model":"%s",'
+_CHUNK = b'data: {"id":"chatcmpl-x","object":"chat.completion.chunk",' + _CREATED + b'"choices":[%%s]%%s}\n\n'
+_ROLE = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+_CONTENT = b'{"index":0,"delta":{"content":"tok "},"logprobs":null,"finish_reason":null,"token_ids":null}'
+_FINISH = b'{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}'
+_USAGE = b',"usage":{"prompt_tokens":12,"total_tokens":%d,"completion_tokens":%d}'
+_WHOLE = (
+    b'{"id":"chatcmpl-x","object":"chat.completion",' + _CREATED + b'"choices":[{"index":0,"message":{"role":'
+    b'"assistant","content":"%%s"},"logprobs":null,"finish_reason":"stop"}]%%s}'
+)
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+_METRICS = (
+    '# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{{engine="0",model_name="{0}"}} {1}.0\n'
+    '# TYPE vllm:num_requests_waiting gauge\nvllm:num_requests_waiting{{engine="0",model_name="{0}"}} 0.0\n'
+    '# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc{{engine="0",model_name="{0}"}} 0.1\n'
+)
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+
+
+class ChatBody(msgspec.Struct):
+    """The fields that shape an answer; all others are ignored."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def tokens(self) -> int:
+        return max(1, min(MAX_TOKENS, self.max_completion_tokens or self.max_tokens or 16))
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """Speed of an answer, in milliseconds: to the first token, and between tokens."""
+
+    ttft_ms: float = 0.0
+    itl_ms: float = 0.0
+
+    def due_ns(self, start_ns: int, index: int) -> int:
+        """When token `index` (from 0) of an answer begun at `start_ns` is due."""
+        return start_ns + round((self.ttft_ms + index * self.itl_ms) * 1e6)
+
+
+@dataclass
+class Worker:
+    """What all connections share: the model's name, the pace, the counters."""
+
+    model: str
+    pacer: Pacer
+    pace: Pace
+    running: int = 0
+    served: int = 0
+    aborted: int = 0
+
+    def __post_init__(self) -> None:
+        self.chunk = _CHUNK % self.model.encode()
+        self.whole = _WHOLE % self.model.encode()
+
+
+def framed(data: bytes) -> bytes:
+    """One chunk of HTTP/1.1 chunked coding."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+class Answer:
+    """One answer under way, written to its connection as its tokens fall due."""
+
+    def __init__(self, worker: Worker, connection: "Connection", body: ChatBody) -> None:
+        self._worker, self._connection, self._body = worker, connection, body
+        self._pace, self._start_ns, self._sent = worker.pace, time.monotonic_ns(), 0
+        self._content = worker.chunk % (_CONTENT, b',"t":%d')
+        self.closed = False
+        worker.running += 1
+
+    def begin(self) -> None:
+        """Write what is due and leave the rest to the pacer."""
+        if not self._body.stream:
+            self._wait(self._pace.due_ns(self._start_ns, self._body.tokens - 1), self._write_whole)
+        else:
+            self._wait(self._pace.due_ns(self._start_ns, 0), self._write_first)
+
+    def abort(self) -> None:
+        """The client left: nothing more is written."""
+        if not self.closed:
+            self._worker.aborted += 1
+            self._close()
+
+    def _close(self) -> None:
+        self.closed = True
+        self._worker.running -= 1
+
+    def _wait(self, due_ns: int, act: Callable[[], None]) -> None:
+        if due_ns <= time.monotonic_ns():
+            act()
+        else:
+            self._worker.pacer.at(due_ns, act)
+
+    def _write_whole(self) -> None:
+        if self.closed:
+            return
+        usage = _USAGE % (self._body.tokens + 12, self._body.tokens)
+        self._connection.reply(b"200 OK", self._worker.whole % (b"tok " * self._body.tokens, usage))
+        self._finish()
+
+    def _write_first(self) -> None:
+        if self.closed:
+            return
+        self._connection.write(_STREAM_HEAD + framed(self._worker.chunk % (_ROLE, b"")))
+        self._write_token()
+
+    def _write_token(self) -> None:
+        """Write every token that is due, one write each as vLLM does; the stamp is the due time, not the write's."""
+        while not self.closed:
+            due_ns = self._pace.due_ns(self._start_ns, self._sent)
+            self._connection.write(framed(self._content % (due_ns if self._pace.itl_ms else time.monotonic_ns())))
+            self._sent += 1
+            if self._sent == self._body.tokens:
+                self._write_end()
+                return
+            next_ns = self._pace.due_ns(self._start_ns, self._sent)
+            if next_ns > time.monotonic_ns():
+                self._worker.pacer.at(next_ns, self._write_token)
+                return
+
+    def _write_end(self) -> None:
+        end = framed(self._worker.chunk % (_FINISH, b""))
+        if self._body.stream_options and self._body.stream_options.include_usage:
+            end += framed(self._worker.chunk % (b"", _USAGE % (self._sent + 12, self._sent)))
+        self._connection.write(end + framed(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        self._finish()
+
+    def _finish(self) -> None:
+        self._worker.served += 1
+        self._close()
+
+
+class Connection(asyncio.Protocol):
+    """One client connection; one answer at a time, kept alive."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._answer: Answer | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports share no base class with asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
+        self._parser = httptools.HttpRequestParser(self)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._answer:
+            self._answer.abort()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._transport.close()
+
+    def on_message_begin(self) -> None:
+        self._body: list[bytes] = []
+
+    def on_url(self, url: bytes) -> None:
+        self._path = url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"expect":
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, piece: bytes) -> None:
+        self._body.append(piece)
+
+    def on_message_complete(self) -> None:
+        if self._answer and not self._answer.closed:
+            self._transport.close()  # a pipelined request; nothing measured here sends one
+        elif self._parser.get_method() == b"POST":
+            self._post(b"".join(self._body))
+        else:
+            self._get()
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def reply(self, status: bytes, body: bytes, content_type: bytes = b"application/json") -> None:
+        head = b"HTTP/1.1 %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n" % (status, content_type, len(body))
+        self._transport.write(head + body)
+
+    def _post(self, body: bytes) -> None:
+        try:
+            if self._path == b"/pace":
+                self._worker.pace = msgspec.json.decode(body, type=Pace)
+                self.reply(b"200 OK", msgspec.json.encode(self._worker.pace))
+            else:
+                self._answer = Answer(self._worker, self, msgspec.json.decode(body, type=ChatBody))
+                self._answer.begin()
+        except msgspec.DecodeError as error:
+            message = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
+            self.reply(b"400 Bad Request", msgspec.json.encode({"error": message}))
+
+    def _get(self) -> None:
+        worker, answers = self._worker, self._answers()
+        if self._path == b"/metrics":
+            self.reply(b"200 OK", _METRICS.format(worker.model, worker.running).encode(), b"text/plain; version=0.0.4")
+        elif self._path in (b"/health", b"/ping"):
+            self.reply(b"200 OK", b"", b"text/plain")
+        elif self._path in answers:
+            self.reply(b"200 OK", msgspec.json.encode(answers[self._path]))
+        else:
+            self.reply(b"404 Not Found", b'{"detail":"Not Found"}')
+
+    def _answers(self) -> dict[bytes, object]:
+        worker = self._worker
+        card = {"id": worker.model, "object": "model", "created": 1795247277, "owned_by": "vllm", "root": worker.model}
+        return {
+            b"/v1/models": {"object": "list", "data": [card | {"parent": None, "max_model_len": 1_048_576}]},
+            b"/load": {"server_load": worker.running},
+            b"/version": {"version": "0.32.0"},
+            b"/stats": {"running": worker.running, "served": worker.served, "aborted": worker.aborted},
+        }
+
+
+async def serve(host: str, port: int, model: str, pace: Pace) -> None:
+    """Serve until cancelled."""
+    loop = asyncio.get_running_loop()
+    with Pacer(loop) as pacer:
+        server = await loop.create_server(partial(Connection, Worker(model, pacer, pace)), host, port, backlog=4096)
+        async with server:
+            await server.serve_forever()
+
+
+@click.command(help=__doc__)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=int, required=True)
+@click.option("--model", default="m", show_default=True, help="The served model's name.")
+@click.option("--ttft-ms", type=float, default=0.0, help="To the first token.")
+@click.option("--itl-ms", type=float, default=0.0, help="Between tokens.")
+def main(host: str, port: int, model: str, ttft_ms: float, itl_ms: float) -> None:
+    uvloop.run(serve(host, port, model, Pace(ttft_ms, itl_ms)))
+
+
+if __name__ == "__main__":
+    main()
