@@ -1,0 +1,1 @@
+"""Admission: who waits, who goes, and the right to one slot of one worker until it is given back."""

@@ -1,0 +1,61 @@
+"""A ticket is a place in the queue; a lease is the right to one slot. Neither holds a payload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from app.inference import Band, TokenUsage
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What the queue knows of a request.
+
+    `candidates` are worker ids, best first; `deadline` is monotonic seconds, after which the ticket must not be
+    granted.
+    """
+
+    id: str
+    band: Band
+    candidates: tuple[str, ...]
+    cost_tokens: int = 1
+    deadline: float = float("inf")
+
+
+class Lease(Protocol):
+    """One slot of one worker, held until `release`. Leaving it as a context manager releases it.
+
+    `release` never waits and never fails, so that it cannot be cancelled half-way; releasing twice is releasing once.
+    """
+
+    @property
+    def worker_id(self) -> str: ...
+
+    @property
+    def waited_s(self) -> float: ...
+
+    async def move(self, candidates: tuple[str, ...]) -> None:
+        """Give this slot up and take one of `candidates`, ahead of those who have not been granted anything yet."""
+
+    def release(self, usage: TokenUsage | None = None) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Admission(Protocol):
+    """The queue in front of the workers."""
+
+    async def admit(self, ticket: Ticket) -> Lease:
+        """Wait for a slot on one of the ticket's candidates. Cancelling the wait takes the ticket out.
+
+        Raises Overloaded (no room to wait), QueueTimeout (waited too long), NoHealthyWorker.
+        """
+
+    def set_slots(self, worker_id: str, slots: int) -> None:
+        """`worker_id` has `slots` from now on; 0 while it is not ready."""

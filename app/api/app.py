@@ -1,0 +1,71 @@
+"""The application: one stack, read top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from app.api import health, models
+from app.api.inference import InferenceRoutes
+from app.api.middleware import Dispatch, Errors, RequestIds
+from app.api.openapi import document
+from app.errors import GatewayError, InternalError, InvalidValue, MethodNotAllowed, RouteNotFound
+from app.runtime import open_runtime
+from app.settings import Settings
+
+OPERATOR_PATHS = frozenset({"/metrics", "/docs", "/openapi.json"})
+
+
+def create_app(settings: Settings) -> ASGIApp:
+    """The ASGI application of one gateway process; its lifespan opens and closes the runtime."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
+        async with open_runtime(settings) as runtime:
+            yield {"runtime": runtime}
+
+    api = FastAPI(title="Sluice", lifespan=lifespan, redoc_url=None, docs_url="/docs")
+    api.include_router(models.routes)
+    api.include_router(health.routes)
+    api.add_exception_handler(HTTPException, _http_exception)
+    api.add_exception_handler(RequestValidationError, _validation_error)
+    api.add_exception_handler(GatewayError, _gateway_error)
+    api.add_exception_handler(Exception, _internal_error)
+    api.openapi = lambda: document(api)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    admin_port = settings.admin.port if settings.admin is not None else None
+    return RequestIds(Errors(Dispatch(InferenceRoutes(), api, OPERATOR_PATHS, admin_port)))
+
+
+async def _gateway_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)  # noqa: S101 - registered for this type only
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    return Response(error.body(), error.status, headers, media_type="application/json")
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return await _gateway_error(request, InternalError("The server had an error while processing your request."))
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    """The framework's own 404 and 405, in our shape."""
+    assert isinstance(error, HTTPException)  # noqa: S101
+    what = f"{request.method} {request.scope['path'][:200]}"
+    if error.status_code == 405:
+        allow = (error.headers or {}).get("Allow", "GET")
+        return await _gateway_error(request, MethodNotAllowed(f"{what} is not allowed.", allow=allow))
+    if error.status_code == 404:
+        return await _gateway_error(request, RouteNotFound(f"Unknown request URL: {what}."))
+    return await _gateway_error(request, InvalidValue(str(error.detail)))
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    return await _gateway_error(request, InvalidValue(first["msg"], param=param))

@@ -1,0 +1,129 @@
+"""The client at the other end of a request: what it sends, and whether it is still there."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+from starlette.types import Message, Receive, Scope, Send
+
+from app.errors import InvalidValue, RequestTimeout, RequestTooLarge, UnsupportedMediaType
+from app.settings import Limits
+
+
+class ClientGone(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
+    """The whole JSON body. Raises UnsupportedMediaType, RequestTooLarge, RequestTimeout, ClientGone.
+
+    A body that is declared too large is refused before a byte of it is read.
+    """
+    _check_headers(scope, limits)
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            return await _receive_all(receive, limits.body_bytes)
+    except TimeoutError:
+        raise RequestTimeout(f"The request body did not arrive within {limits.body_timeout_s:g} s.") from None
+
+
+async def _receive_all(receive: Receive, limit: int) -> bytes:
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        body: bytes = message["body"]
+        _check_size(len(body), limit)
+        return body
+    parts = bytearray()
+    while message["type"] == "http.request":
+        parts += message.get("body", b"")
+        _check_size(len(parts), limit)
+        if not message.get("more_body", False):
+            return bytes(parts)
+        message = await receive()
+    raise ClientGone
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise RequestTooLarge(f"The request body is larger than {limit} bytes.")
+
+
+def _check_headers(scope: Scope, limits: Limits) -> None:
+    content_type = b""
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            content_type = value
+        elif name == b"content-length" and value.isdigit():
+            _check_size(int(value), limits.body_bytes)
+        elif name == b"content-encoding" and value.lower() != b"identity":
+            raise UnsupportedMediaType("A compressed request body is not accepted.")
+        elif name == b"expect" and value.lower() != b"100-continue":
+            raise InvalidValue("The Expect header is not understood.")
+    if content_type.partition(b";")[0].strip().lower() != b"application/json":
+        raise UnsupportedMediaType("The request body must be sent as content-type: application/json.")
+
+
+class ClientWatch:
+    """Cancels the block when the client leaves, or reads nothing for too long, and then raises ClientGone.
+
+    ASGI tells of a disconnect only to who calls `receive`, so somebody must, at every stage: while the request waits
+    in the queue, while the worker thinks, for answers that stream and for answers that don't.
+    """
+
+    __slots__ = ("_is_gone", "_receive", "_send", "_sending_since", "_stall_s", "_task", "_timer", "_watcher")
+
+    def __init__(self, receive: Receive, send: Send, stall_s: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._stall_s = stall_s
+        self._is_gone = False
+        self._sending_since: float | None = None
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - inside a coroutine there is one
+        self._task = task
+        loop = asyncio.get_running_loop()
+        self._watcher = loop.create_task(self._watch())
+        self._timer = loop.call_later(self._stall_s, self._check_stall)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ends()
+        if self._is_gone:
+            self._task.uncancel()
+            if isinstance(error, asyncio.CancelledError):
+                raise ClientGone from None
+
+    async def send(self, message: Message) -> None:
+        """Send to the client, watching how long it takes: it waits when the client does not read."""
+        self._sending_since = self._task.get_loop().time()
+        await self._send(message)
+        self._sending_since = None
+
+    def ends(self) -> None:
+        """The answer is complete: a disconnect is no news from now on."""
+        self._watcher.cancel()
+        self._timer.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._leave()
+
+    def _check_stall(self) -> None:
+        loop = self._task.get_loop()
+        since = self._sending_since
+        if since is not None and loop.time() - since >= self._stall_s:
+            self._leave()
+        else:
+            self._timer = loop.call_later(self._stall_s / 2, self._check_stall)
+
+    def _leave(self) -> None:
+        if not self._is_gone:
+            self._is_gone = True
+            self._task.cancel()

@@ -1,0 +1,41 @@
+"""Probes and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from app.api.dependencies import RuntimeOf
+from app.telemetry.metrics import CONTENT_TYPE
+
+routes = APIRouter(tags=["operations"])
+
+
+@routes.get("/healthz", summary="Alive: the process answers")
+async def alive() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@routes.get("/readyz", summary="Ready: at least one worker has proven itself with a token", response_model=None)
+async def ready(runtime: RuntimeOf, request: Request) -> Response:
+    workers = {
+        worker.id: {
+            "variant": worker.variant.public_name,
+            "state": worker.condition.state.value,
+            "reason": worker.condition.reason,
+        }
+        for worker in runtime.registry
+    }
+    is_ready = runtime.registry.any_ready
+    return JSONResponse(
+        {"status": "ready" if is_ready else "not ready", "workers": workers}, status_code=200 if is_ready else 503
+    )
+
+
+@routes.get("/metrics", summary="All series, in Prometheus' text format", response_class=Response)
+async def metrics(runtime: RuntimeOf) -> Response:
+    runtime.gauges.write()
+    # Reading several processes' files takes milliseconds, which streams should not notice.
+    return Response(await asyncio.to_thread(runtime.metrics.exposition), media_type=CONTENT_TYPE)

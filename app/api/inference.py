@@ -1,0 +1,32 @@
+"""The inference routes: the hot path, raw ASGI."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.types import Receive, Scope, Send
+
+from app.api.client import ClientWatch, read_body
+from app.api.responses import send_reply
+from app.inference import InferenceRequest, Route
+from app.runtime import Runtime
+
+TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
+
+
+class InferenceRoutes:
+    """Serves a POST to any of the inference routes."""
+
+    paths: dict[str, Route] = {route.value: route for route in Route}  # noqa: RUF012 - read-only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived = time.monotonic()
+        runtime: Runtime = scope["state"]["runtime"]
+        body = await read_body(scope, receive, runtime.settings.limits)
+        async with ClientWatch(receive, send, runtime.settings.relay.client_stall_timeout_s) as client:
+            request = InferenceRequest.parse(
+                body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived
+            )
+            request.trace_headers = tuple(header for header in scope["headers"] if header[0] in TRACE_HEADERS)
+            with await runtime.gateway.serve(request) as reply:
+                await send_reply(reply, client)

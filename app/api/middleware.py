@@ -1,0 +1,115 @@
+"""What surrounds every request, as pure ASGI: its id, its errors, and who may see which route."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.client import ClientGone
+from app.api.inference import InferenceRoutes
+from app.api.responses import send_error
+from app.errors import GatewayError, InternalError, MethodNotAllowed, RouteNotFound
+from app.telemetry.logs import Log
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
+
+
+class RequestIds:
+    """Outermost: every answer, also an error's, carries an `x-request-id`. A client's own is kept if it is harmless."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _client_request_id(scope) or secrets.token_hex(16).encode()
+        scope["request_id"] = request_id.decode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class Errors:
+    """Below the ids, above everything that may raise: what is raised becomes an OpenAI error object, once.
+
+    After the response has started an error cannot be told any more; the connection is closed uncleanly instead.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except ClientGone:
+            return
+        except GatewayError as error:
+            if not started:
+                await send_error(error, send)
+        except Exception:
+            log: Log = scope["state"]["runtime"].log
+            log.exception("internal error", request_id=scope["request_id"], path=scope["path"])
+            if not started:
+                await send_error(InternalError("The server had an error while processing your request."), send)
+
+
+class Dispatch:
+    """Innermost: the inference routes go straight to their endpoint, everything else to the FastAPI application.
+
+    FastAPI's own stack costs more CPU than the whole relay of a short answer, and none of it is used on this path.
+    With a listener of their own, operators' routes are unknown on the public one; which listener a request came to
+    is read from its socket, never from a header.
+    """
+
+    def __init__(
+        self, inference: InferenceRoutes, app: ASGIApp, operator_paths: frozenset[str], admin_port: int | None
+    ) -> None:
+        self._inference = inference
+        self._app = app
+        self._operator_paths = operator_paths
+        self._admin_port = admin_port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            if self._admin_port is not None:
+                self._check_listener(scope, path)
+            if path in self._inference.paths:
+                if scope["method"] != "POST":
+                    raise MethodNotAllowed(f"{scope['method']} is not allowed for {path}.", allow="POST")
+                await self._inference(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check_listener(self, scope: Scope, path: str) -> None:
+        is_admin = scope["server"][1] == self._admin_port
+        if is_admin != (path in self._operator_paths) and path not in PROBES:
+            raise RouteNotFound(f"Unknown request URL: {scope['method']} {path[:200]}.")
+
+
+PROBES = frozenset({"/healthz", "/readyz"})
+
+
+def _client_request_id(scope: Scope) -> bytes | None:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            return value if REQUEST_ID.fullmatch(value) else None
+    return None

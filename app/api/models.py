@@ -1,0 +1,64 @@
+"""`GET /v1/models`: every public name, models and variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter
+
+from app.api.dependencies import RuntimeOf
+from app.api.schemas import ModelList, ModelObject
+from app.catalogue import Model, Variant
+from app.errors import ModelNotFound
+from app.runtime import Runtime
+
+routes = APIRouter(tags=["models"])
+
+
+@routes.get("/v1/models", summary="The models and variants that can be asked for")
+async def list_models(runtime: RuntimeOf) -> ModelList:
+    return ModelList(data=list(_objects(runtime)))
+
+
+@routes.get("/v1/models/{name:path}", summary="One model or variant")
+async def one_model(name: str, runtime: RuntimeOf) -> ModelObject:
+    for model in _objects(runtime):
+        if model.id == name:
+            return model
+    raise ModelNotFound(f"The model {name[:200]!r} does not exist or you do not have access to it.", param="model")
+
+
+def _objects(runtime: Runtime) -> Iterator[ModelObject]:
+    for model in runtime.catalogue.models:
+        yield _model(model, runtime)
+        for variant in model.variants:
+            yield _variant(variant, runtime)
+
+
+def _model(model: Model, runtime: Runtime) -> ModelObject:
+    lengths = [length for variant in model.variants if (length := _context_length(variant, runtime)) is not None]
+    return ModelObject(
+        id=model.name,
+        created=int(runtime.started),
+        max_model_len=min(lengths, default=None),
+        variants=[variant.public_name for variant in model.variants],
+        ready=any(worker.is_ready for worker in runtime.registry.pool(model.variants)),
+    )
+
+
+def _variant(variant: Variant, runtime: Runtime) -> ModelObject:
+    return ModelObject(
+        id=variant.public_name,
+        created=int(runtime.started),
+        parent=variant.model,
+        variant=variant.name,
+        quantization=variant.quantization,
+        max_model_len=_context_length(variant, runtime),
+        ready=any(worker.is_ready for worker in runtime.registry.pool((variant,))),
+    )
+
+
+def _context_length(variant: Variant, runtime: Runtime) -> int | None:
+    """Tokens: what every worker of the pool can take, or what the manifest says before any has answered."""
+    lengths = [w.context_length for w in runtime.registry.pool((variant,)) if w.context_length is not None]
+    return min(lengths, default=variant.context_length)

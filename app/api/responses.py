@@ -1,0 +1,55 @@
+"""Answers on the wire: a reply from a worker, or an error in OpenAI's shape."""
+
+from __future__ import annotations
+
+from starlette.types import Send
+
+from app.api.client import ClientWatch
+from app.errors import GatewayError
+from app.gateway import Reply
+
+Headers = list[tuple[bytes, bytes]]
+
+_NO_BUFFERING: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+
+
+async def send_reply(reply: Reply, client: ClientWatch) -> None:
+    """Relay `reply` to the client, each part as soon as it is there.
+
+    An answer that broke is left without its last message: the server then closes the connection uncleanly, which is
+    the only way to tell a client, inside HTTP/1.1, that a body is not whole.
+    """
+    answer = reply.answer
+    headers = [
+        (b"content-type", answer.content_type),
+        (b"x-sluice-model", reply.variant.model.encode()),
+        (b"x-sluice-variant", reply.variant.name.encode()),
+        (b"x-sluice-queue-ms", b"%.1f" % (reply.lease.waited_s * 1000)),
+    ]
+    part = await answer.next()
+    if not answer.is_streamed:
+        headers.append((b"content-length", b"%d" % len(part)))
+        await client.send({"type": "http.response.start", "status": 200, "headers": headers})
+        client.ends()
+        await client.send({"type": "http.response.body", "body": part})
+        return
+    await client.send({"type": "http.response.start", "status": 200, "headers": headers + _NO_BUFFERING})
+    while part:
+        await client.send({"type": "http.response.body", "body": part, "more_body": True})
+        part = await answer.next()
+    client.ends()
+    if answer.is_whole:
+        await client.send({"type": "http.response.body", "body": b""})
+
+
+async def send_error(error: GatewayError, send: Send) -> None:
+    """Answer with `error`; the caller has not sent anything yet."""
+    body = error.body()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+        *error.headers(),
+    ]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,81 @@
+"""Runs the application on uvicorn: one process or several on the same sockets."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import tempfile
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from app.api.app import create_app
+from app.errors import LaunchError
+from app.settings import Settings
+
+BACKLOG = 4096
+KEEP_ALIVE_S = 75  # longer than any usual load balancer's, so that it is never us who close under its request
+MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal says stop; open requests get `drain_timeout_s` to finish. Raises LaunchError."""
+    sockets = _bind_all(settings)
+    config = uvicorn.Config(
+        functools.partial(create_app, settings),
+        factory=True,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        workers=settings.listen.processes,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.drain_timeout_s),
+    )
+    try:
+        if settings.listen.processes == 1:
+            server = uvicorn.Server(config)
+            server.run(sockets)
+            if not server.started:
+                raise LaunchError("the gateway did not start; its log says why")
+        else:
+            with tempfile.TemporaryDirectory(prefix="sluice-metrics-") as directory:
+                os.environ[MULTIPROC_DIR] = directory
+                Multiprocess(config, sockets).run()
+    finally:
+        for bound in sockets:
+            bound.close()
+
+
+def _bind_all(settings: Settings) -> list[socket.socket]:
+    addresses = [(settings.listen.host, settings.listen.port)]
+    if settings.admin is not None:
+        addresses.append((settings.admin.host, settings.admin.port))
+    sockets: list[socket.socket] = []
+    for host, port in addresses:
+        try:
+            sockets.append(_bind(host, port))
+        except OSError as error:
+            for bound in sockets:
+                bound.close()
+            raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    return sockets
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(BACKLOG)
+    except OSError:
+        bound.close()
+        raise
+    bound.set_inheritable(True)
+    return bound

@@ -1,0 +1,67 @@
+"""The life of one request."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from app.admission.ticket import Admission, Lease, Ticket
+from app.catalogue import Catalogue, Variant
+from app.inference import InferenceRequest
+from app.relay.answer import Answer
+from app.relay.relay import Relay
+from app.routing import router
+from app.telemetry.account import Accounts
+from app.workers.registry import Registry
+
+
+class Gateway:
+    """Carries requests: resolve → rank → admit → relay. Everything a request acquires is released by its Reply."""
+
+    def __init__(
+        self, catalogue: Catalogue, registry: Registry, admission: Admission, relay: Relay, accounts: Accounts
+    ) -> None:
+        self._catalogue = catalogue
+        self._registry = registry
+        self._admission = admission
+        self._relay = relay
+        self._accounts = accounts
+
+    async def serve(self, request: InferenceRequest) -> Reply:
+        """The reply to `request`, open from its first byte on. Raises GatewayError; then nothing is held any more.
+
+        May be cancelled at any await: every release is synchronous, so that none can be interrupted.
+        """
+        with ExitStack() as held:
+            account = held.enter_context(self._accounts.open(request))
+            variants = self._catalogue.resolve(request.model)
+            request.resolved_model = variants[0].model
+            ranking = router.rank(self._registry.pool(variants))
+            candidates = tuple(candidate.worker_id for candidate in ranking)
+            lease = held.enter_context(await self._admission.admit(Ticket(request.id, request.band, candidates)))
+            answer = held.enter_context(await self._relay.open(request, lease, candidates, account))
+            return Reply(answer, lease, self._registry[lease.worker_id].variant, held.pop_all())
+
+
+class Reply:
+    """An answer on its way to a client, and everything that is held for it: leave it, once, and all is released.
+
+    In order: the connection to the worker, the slot (which goes to the next ticket), the account.
+    """
+
+    __slots__ = ("_held", "answer", "lease", "variant")
+
+    def __init__(self, answer: Answer, lease: Lease, variant: Variant, held: ExitStack) -> None:
+        self.answer = answer
+        self.lease = lease
+        self.variant = variant
+        self._held = held
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.__exit__(kind, error, trace)

@@ -1,0 +1,175 @@
+"""The nouns that every package shares: what a client asks for, what it cost, how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from app.errors import InvalidJson, InvalidValue, UnsupportedParameter
+
+
+class Route(StrEnum):
+    """The worker paths that clients may reach. An allow-list: no other path is ever called for a client."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
+    RESPONSES = "/v1/responses"
+    MESSAGES = "/v1/messages"
+    TOKENIZE = "/tokenize"
+    DETOKENIZE = "/detokenize"
+    RERANK = "/v1/rerank"
+    SCORE = "/v1/score"
+
+
+class Band(StrEnum):
+    """Priority class, highest first."""
+
+    PRIORITY = "priority"
+    DEFAULT = "default"
+    FLEX = "flex"
+    BATCH = "batch"
+
+
+class Outcome(StrEnum):
+    """How a request ended. Every request ends in exactly one."""
+
+    COMPLETED = "completed"
+    REJECTED = "rejected"
+    EXPIRED = "expired"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsage:
+    """Tokens as the worker counted them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+# Fields that steer the engine itself. vLLM acts on them for whoever sends them: another tenant's cache, another
+# worker's memory, a template that runs on the server. A client that sends one is told so.
+REFUSED_FIELDS = frozenset(
+    {
+        "prompt_embeds",
+        "chat_template",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "mm_processor_kwargs",
+        "media_io_kwargs",
+        "vllm_xargs",
+    }
+)
+# Fields that are the gateway's to set; ordinary clients send them without harm in mind, so they are left out.
+OWNED_FIELDS = frozenset({"cache_salt", "priority", "request_id", "session_id"})
+
+_SERVICE_TIERS = {"priority": Band.PRIORITY, "default": Band.DEFAULT, "auto": Band.DEFAULT, "flex": Band.FLEX}
+_STREAMING_ROUTES = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES})
+_USAGE_OPTION_ROUTES = frozenset({Route.CHAT, Route.COMPLETIONS})
+
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class InferenceRequest:
+    """One request for a model.
+
+    `fields` holds the body's top-level values as the client's own bytes: they are re-framed for the worker, never
+    re-encoded, so what a client means is what the worker reads. `arrived` is monotonic time in seconds.
+    `resolved_model` is the catalogue's name, empty until it is resolved: unlike `model` it is safe as a metric label.
+    """
+
+    id: str
+    route: Route
+    model: str
+    stream: bool
+    band: Band
+    fields: dict[str, msgspec.Raw]
+    prompt_bytes: int
+    client_wants_usage: bool
+    arrived: float
+    resolved_model: str = ""
+    trace_headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    @classmethod
+    def parse(cls, body: bytes, *, request_id: str, route: Route, arrived: float) -> InferenceRequest:
+        """The request in `body`. Raises InvalidJson, InvalidValue or UnsupportedParameter.
+
+        Only what the gateway acts on is decoded; every other field, known or not, goes to the worker as it came.
+        """
+        fields = _fields(body)
+        refused = REFUSED_FIELDS.intersection(fields)
+        if refused:
+            name = min(refused)
+            raise UnsupportedParameter(f"The parameter {name!r} is not accepted here.", param=name)
+        model = _value(fields, "model", str, None)
+        if not model:
+            raise InvalidValue("you must provide a model parameter", param="model")
+        stream = route in _STREAMING_ROUTES and bool(_value(fields, "stream", bool, False))
+        options = _value(fields, "stream_options", _StreamOptions, None) if stream else None
+        return cls(
+            id=request_id,
+            route=route,
+            model=model,
+            stream=stream,
+            band=_band(fields),
+            fields=fields,
+            prompt_bytes=len(body),
+            client_wants_usage=bool(options and options.include_usage),
+            arrived=arrived,
+        )
+
+    @property
+    def hides_usage(self) -> bool:
+        """Whether usage is asked of the worker for the gateway's own count, and its chunk kept from the client."""
+        return self.stream and self.route in _USAGE_OPTION_ROUTES and not self.client_wants_usage
+
+    def body_for(self, served_model: str) -> bytes:
+        """The body that a worker gets: the client's fields, its own name for the model, and usage always asked for."""
+        fields: dict[str, Any] = {name: raw for name, raw in self.fields.items() if name not in OWNED_FIELDS}
+        fields["model"] = served_model
+        if self.hides_usage:
+            # continuous_usage_stats without include_usage does nothing in vLLM; it must not start to.
+            fields["stream_options"] = {"include_usage": True, "continuous_usage_stats": False}
+        return _encode(fields)
+
+
+def _fields(body: bytes) -> dict[str, msgspec.Raw]:
+    try:
+        return _decode_fields(body)
+    except msgspec.ValidationError:
+        raise InvalidValue("The request body is expected to be a JSON object.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidJson(f"We could not parse the JSON body of your request: {error}") from None
+    except RecursionError:
+        raise InvalidJson("The JSON body of your request is nested too deeply.") from None
+
+
+def _value(fields: dict[str, msgspec.Raw], name: str, expected: Any, default: Any) -> Any:
+    raw = fields.get(name)
+    if raw is None:
+        return default
+    try:
+        value = msgspec.json.decode(raw, type=expected | None)
+    except msgspec.DecodeError as error:
+        raise InvalidValue(f"Invalid value for {name!r}: {error}", param=name) from None
+    return default if value is None else value
+
+
+def _band(fields: dict[str, msgspec.Raw]) -> Band:
+    tier = _value(fields, "service_tier", str, "auto")
+    try:
+        return _SERVICE_TIERS[tier]
+    except KeyError:
+        raise InvalidValue(f"Invalid value for 'service_tier': {tier[:50]!r}", param="service_tier") from None

@@ -1,0 +1,154 @@
+"""The answer of a worker, from its first byte to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from app.errors import GatewayError, WorkerLost
+from app.inference import InferenceRequest
+from app.relay.dialect import dialect_of
+from app.relay.sse import EventSplitter, data_of
+from app.relay.upstream import Connection
+from app.telemetry.account import Account
+
+AFTER_LAST_EVENT_S = 1.0
+
+JSON_TYPE = b"application/json"
+SSE_TYPE = b"text/event-stream"
+
+
+class Answer:
+    """A worker's answer, from its first byte on. `next` yields it; leaving it gives the connection back.
+
+    `is_whole` tells, at the end, whether the client has got everything that the worker meant to send.
+    """
+
+    __slots__ = ("_held", "content_type", "is_streamed", "is_whole")
+
+    def __init__(self, held: ExitStack, content_type: bytes, *, is_streamed: bool) -> None:
+        self._held = held
+        self.content_type = content_type
+        self.is_streamed = is_streamed
+        self.is_whole = False
+
+    async def next(self) -> bytes:
+        """The next bytes for the client, as soon as there are any; empty at the end."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.__exit__(kind, error, trace)
+
+
+class WholeAnswer(Answer):
+    """An answer that came in one piece; its connection is free already."""
+
+    __slots__ = ("_body",)
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(ExitStack(), JSON_TYPE, is_streamed=False)
+        self._body = body
+
+    async def next(self) -> bytes:
+        body, self._body = self._body, b""
+        self.is_whole = True
+        return body
+
+
+class StreamedAnswer(Answer):
+    """A stream of events, relayed whole and unchanged.
+
+    The one event that may be left out is the usage that only the gateway asked for. A stream that breaks ends in one
+    error event and `is_whole` stays false; no finish reason and no end marker is ever made up.
+    """
+
+    __slots__ = (
+        "_account",
+        "_begun",
+        "_clock",
+        "_connection",
+        "_dialect",
+        "_ended",
+        "_hides_usage",
+        "_splitter",
+    )
+
+    def __init__(
+        self,
+        held: ExitStack,
+        connection: Connection,
+        begun: bytes,
+        request: InferenceRequest,
+        account: Account,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(held, connection.headers[b"content-type"], is_streamed=True)
+        self._connection = connection
+        self._begun = begun
+        self._dialect = dialect_of(request.route)
+        self._hides_usage = request.hides_usage
+        self._splitter = EventSplitter()
+        self._account = account
+        self._clock = clock
+        self._ended = False
+
+    async def next(self) -> bytes:
+        while not self._ended:
+            try:
+                data = await self._read()
+                if not data:
+                    raise WorkerLost("The worker ended its answer before it was complete.")
+                relayed = self._take(self._splitter.feed(data))
+            except GatewayError as error:
+                return self._break(error)
+            if relayed:
+                return relayed
+        if self.is_whole and not self._connection.is_complete:
+            await self._await_end()
+        return b""
+
+    async def _read(self) -> bytes:
+        if self._begun:
+            begun, self._begun = self._begun, b""
+            return begun
+        return await self._connection.read()
+
+    def _take(self, events: list[bytes]) -> bytes:
+        """What of `events` goes to the client; notes tokens, usage and the end."""
+        now = self._clock()
+        relayed = []
+        for event in events:
+            meaning = self._dialect.read(data_of(event))
+            if meaning.has_token:
+                self._account.token(now)
+            if meaning.usage is not None:
+                self._account.usage = meaning.usage
+            if meaning.is_error:
+                self._account.fail(WorkerLost("The worker reported an error inside its stream."))
+            if not (meaning.only_usage and self._hides_usage):
+                relayed.append(event)
+            if meaning.is_last:
+                self._ended = self.is_whole = True
+                break
+        return relayed[0] if len(relayed) == 1 else b"".join(relayed)
+
+    def _break(self, error: GatewayError) -> bytes:
+        self._ended = True
+        self._account.fail(error)
+        return self._dialect.error_event(error)
+
+    async def _await_end(self) -> None:
+        """After the last event the body still has to end, or the connection could not be used again."""
+        try:
+            async with asyncio.timeout(AFTER_LAST_EVENT_S):
+                await self._connection.read()
+        except (TimeoutError, GatewayError):
+            return

@@ -1,0 +1,89 @@
+"""What a worker's answer with an error status means to us, and how it is told to the client. Pure.
+
+vLLM's error bodies are `{"error": {"message", "type", "param", "code": <int>}}`, for unknown paths `{"detail": ...}`
+(0.32, as recorded in tests/wire). Clients get OpenAI's shape; the message of a refusal stays the worker's own.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from app.errors import ContextLengthExceeded, GatewayError, Overloaded, RouteNotFound, WorkerLost, WorkerRefused
+from app.inference import Route
+
+MESSAGE_CHARS = 2000
+
+
+class Fault(StrEnum):
+    """Why an attempt failed; the `reason` label of a retry."""
+
+    REFUSED = "refused"
+    """No connection, or a worker that does not know the model: it did no work, trying elsewhere is free."""
+    SATURATED = "saturated"
+    """It says that it is full: back-pressure, not a failure."""
+    BROKE = "broke"
+    """It failed, or was lost, before the first byte."""
+    GARBAGE = "garbage"
+    """It answered with something that is no answer: not tried again, the next one would see the same request."""
+    TIMEOUT = "timeout"
+
+
+class AttemptFailed(Exception):
+    """One attempt ended before its first byte; `error` is what the client hears if there is no other."""
+
+    def __init__(self, fault: Fault, error: GatewayError) -> None:
+        super().__init__(error.message)
+        self.fault = fault
+        self.error = error
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+    param: str | None = None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _Error | None = None
+
+
+def refusal(status: int, body: bytes, *, route: Route, model: str, retry_after: bytes | None) -> Exception:
+    """The exception that a worker's answer with `status` other than 200 becomes.
+
+    A GatewayError is the client's own fault and final; an AttemptFailed is the worker's.
+    """
+    told = _told(body)
+    if status in (429, 503):
+        return AttemptFailed(Fault.SATURATED, Overloaded("All workers are busy.", retry_after_s=_seconds(retry_after)))
+    if status == 404 and told is not None and told.param == "model":
+        return AttemptFailed(
+            Fault.REFUSED, WorkerLost("The worker does not serve this model any more.", retry_after_s=1)
+        )
+    if status in (404, 405) and told is None:
+        return RouteNotFound(f"The model {model!r} does not offer {route.value}.")
+    if 400 <= status < 500 and status not in (401, 403) and told is not None:
+        return _client_error(status, told, route)
+    return AttemptFailed(Fault.BROKE, WorkerLost("The worker failed to answer.", retry_after_s=1))
+
+
+def _client_error(status: int, told: _Error, route: Route) -> GatewayError:
+    message = told.message[:MESSAGE_CHARS]
+    if told.param == "input_tokens" or "maximum context length" in message:
+        return ContextLengthExceeded(message, param="messages" if route is Route.CHAT else "prompt")
+    param = told.param.removeprefix("body.") if told.param else None
+    return WorkerRefused(message, status=status, code="invalid_value", param=param)
+
+
+def _told(body: bytes) -> _Error | None:
+    try:
+        return msgspec.json.decode(body, type=_ErrorBody).error
+    except msgspec.DecodeError:
+        return None
+
+
+def _seconds(retry_after: bytes | None) -> float:
+    try:
+        return min(max(float(retry_after or 1), 1.0), 10.0)
+    except ValueError:
+        return 1.0

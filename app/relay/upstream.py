@@ -1,0 +1,284 @@
+"""The HTTP exchange with a worker: HTTP/1.1 on httptools over a raw asyncio protocol.
+
+A general client costs more CPU per chunk than everything else the gateway does, so this one does only what a relay
+needs: one request with a known length, one response framed by content-length or chunks, back-pressure by pausing the
+read, connections kept alive. Whatever is not exactly that is an error, and its connection is never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, cast
+
+import httptools
+
+from app.catalogue import WorkerAddress
+from app.errors import GatewayError, UpstreamBadResponse, UpstreamStalled, UpstreamTimeout, WorkerLost
+from app.settings import Relay as Limits
+
+BUFFER_MAX_BYTES = 64 * 1024
+HEAD_MAX_BYTES = 64 * 1024
+
+Header = tuple[bytes, bytes]
+
+
+class ConnectFailed(Exception):
+    """No connection to the worker: it never saw the request."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection to a worker; carries one exchange at a time. None of its callbacks waits."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
+        self._loop = loop
+        self._limits = limits
+        self._transport: asyncio.Transport = cast("asyncio.Transport", None)  # set before any other callback
+        self._parser = httptools.HttpResponseParser(self)
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._busy = False
+        self.idle_since = 0.0
+        self.is_open = True
+        self._reset()
+
+    def _reset(self) -> None:
+        self._parts: list[bytes] = []
+        self._buffered = 0
+        self._paused = False
+        self._error: GatewayError | None = None
+        self._head_bytes = 0
+        self._answered = False
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.is_complete = False
+        self.has_body_begun = False
+
+    # -- what the relay calls --------------------------------------------------------------------------------------
+
+    def start(self, head: bytes, body: bytes) -> None:
+        """Send a request. The connection must be idle."""
+        self._reset()
+        self._busy = True
+        self._started = self._since = self._loop.time()
+        self._transport.writelines((head, body))
+        self._timer = self._loop.call_later(self._limits.first_byte_timeout_s, self._check_time)
+
+    async def read_head(self) -> None:
+        """Wait until `status` and `headers` are known. Raises GatewayError."""
+        while not self._answered:
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """The body bytes that have come since the last call, waiting for some; empty at the end of the body.
+
+        Raises WorkerLost, UpstreamBadResponse, UpstreamTimeout, UpstreamStalled, after all bytes that came before.
+        """
+        while not self._parts:
+            if self.is_complete:
+                return b""
+            await self._wait()
+        parts, self._parts, self._buffered = self._parts, [], 0
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def finish(self) -> bool:
+        """End the exchange. True when the connection may carry another one; otherwise it is closed at once."""
+        self._busy = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        reusable = self.is_open and self.is_complete and self._error is None and self._parser.should_keep_alive()
+        if not reusable:
+            self.abort()
+        return reusable
+
+    def abort(self) -> None:
+        self.is_open = False
+        self._transport.abort()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._since = self._loop.time()
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _break(self, error: GatewayError) -> None:
+        if self._error is None and not self.is_complete:
+            self._error = error
+        self.abort()
+        self._wake()
+
+    def _check_time(self) -> None:
+        """Enforce the limits. One timer an exchange, moved when it fires: cheaper than one for each chunk.
+
+        Time counts only while the relay waits for the worker; a client that reads slowly is not the worker's fault.
+        """
+        now = self._loop.time()
+        limit = self._limits.gap_timeout_s if self.has_body_begun else self._limits.first_byte_timeout_s
+        waited = now - self._since if self._waiter is not None else 0.0
+        if now - self._started >= self._limits.total_timeout_s:
+            self._break(UpstreamStalled("The answer took longer than a whole answer may."))
+        elif waited < limit:
+            self._timer = self._loop.call_later(max(0.01, min(limit - waited, limit)), self._check_time)
+        elif self.has_body_begun:
+            self._break(UpstreamStalled("The worker stopped in the middle of its answer."))
+        else:
+            self._break(UpstreamTimeout("The worker did not begin to answer in time."))
+
+    # -- what the event loop calls ---------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._busy or self.is_complete:  # bytes that nobody asked for: this connection is out of step
+            self.abort()
+            return
+        self._since = self._loop.time()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._break(UpstreamBadResponse("The worker's answer is not valid HTTP."))
+            return
+        if not self._answered:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_MAX_BYTES:
+                self._break(UpstreamBadResponse("The worker's answer has no end of headers."))
+                return
+        if self._buffered > BUFFER_MAX_BYTES and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+        if self._waiter is not None and (self._parts or self._answered):
+            self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_open = False
+        if self._busy:
+            self._break(WorkerLost("The worker closed the connection before its answer was complete."))
+
+    # -- what the parser calls -------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self.is_complete:
+            self._error = UpstreamBadResponse("The worker sent more than one answer.")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+        self._answered = True
+
+    def on_body(self, body: bytes) -> None:
+        if self._error is None and not self.is_complete:
+            self._parts.append(body)
+            self._buffered += len(body)
+            self.has_body_begun = True
+
+    def on_message_complete(self) -> None:
+        if self.status < 200:  # an interim answer (100 Continue); the real one follows
+            self.headers.clear()
+            self._answered = False
+        else:
+            self.is_complete = True
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request to one worker and its response; gives the connection back when it is left."""
+
+    connection: Connection
+    upstream: Upstream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.connection.finish():
+            self.upstream.keep(self.connection)
+
+
+class Upstream:
+    """The connections to one worker: opened on demand, kept while idle, closed before the worker would close them."""
+
+    def __init__(self, address: WorkerAddress, limits: Limits) -> None:
+        self._address = address
+        self._limits = limits
+        self._idle: deque[Connection] = deque()
+        self._sweep: asyncio.TimerHandle | None = None
+        self._is_closed = False
+        self._host = address.id.encode()
+
+    async def send(self, path: str, headers: tuple[Header, ...], body: bytes) -> Exchange:
+        """Send a POST of JSON. Raises ConnectFailed."""
+        connection = self._take_idle() or await self._connect()
+        lines = b"".join([b"%s: %s\r\n" % header for header in headers])
+        head = b"POST %s HTTP/1.1\r\nhost: %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%s\r\n" % (
+            path.encode(),
+            self._host,
+            len(body),
+            lines,
+        )
+        connection.start(head, body)
+        return Exchange(connection, self)
+
+    def keep(self, connection: Connection) -> None:
+        """Take back a connection that may carry another exchange."""
+        if self._is_closed or len(self._idle) >= self._limits.idle_connections_per_worker:
+            connection.abort()
+            return
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        self._idle.append(connection)
+        if self._sweep is None:
+            self._sweep = loop.call_later(self._limits.keepalive_s, self._close_stale)
+
+    def close(self) -> None:
+        self._is_closed = True
+        if self._sweep is not None:
+            self._sweep.cancel()
+        while self._idle:
+            self._idle.pop().abort()
+
+    def _take_idle(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open:
+                return connection
+        return None
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._limits.connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(loop, self._limits), self._address.host, self._address.port
+                )
+        except TimeoutError:
+            raise ConnectFailed(f"no connection within {self._limits.connect_timeout_s} s") from None
+        except OSError as error:
+            raise ConnectFailed(error.strerror or str(error)) from None
+        return connection
+
+    def _close_stale(self) -> None:
+        loop = asyncio.get_running_loop()
+        stale = loop.time() - self._limits.keepalive_s
+        while self._idle and (self._idle[0].idle_since <= stale or not self._idle[0].is_open):
+            self._idle.popleft().abort()
+        oldest = self._idle[0].idle_since if self._idle else None
+        self._sweep = None if oldest is None else loop.call_later(max(0.01, oldest - stale), self._close_stale)

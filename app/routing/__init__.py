@@ -1,0 +1,1 @@
+"""Routing: which workers may serve a request, best first, and why. Pure."""

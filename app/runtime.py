@@ -1,0 +1,98 @@
+"""The cast of one gateway process: built here, owned here, closed here in reverse order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from app.admission.local import LocalAdmission
+from app.catalogue import Catalogue
+from app.gateway import Gateway
+from app.inference import Band
+from app.relay.relay import Relay
+from app.settings import Settings
+from app.telemetry.account import Accounts, RequestsLog
+from app.telemetry.logs import Log, open_log
+from app.telemetry.metrics import Metrics, open_metrics
+from app.workers.monitor import Monitor
+from app.workers.registry import Registry
+from app.workers.worker import State, Worker
+
+GAUGES_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What the API needs of a running gateway."""
+
+    settings: Settings
+    catalogue: Catalogue
+    registry: Registry
+    gateway: Gateway
+    gauges: Gauges
+    metrics: Metrics
+    log: Log
+    started: float
+
+
+@asynccontextmanager
+async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
+    """A running gateway. Raises ConfigurationError."""
+    clock = time.monotonic
+    log = open_log(settings.logs)
+    metrics = open_metrics()
+    catalogue = Catalogue.of(settings.models)
+    registry = Registry(catalogue, log)
+    admission = LocalAdmission(settings.admission)
+    registry.listen(lambda worker: admission.set_slots(worker.id, worker.address.slots if worker.is_ready else 0))
+    relay = Relay(registry, settings.relay, metrics, clock)
+    accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
+    gateway = Gateway(catalogue, registry, admission, relay, accounts)
+    gauges = Gauges(metrics, registry, admission)
+    runtime = Runtime(settings, catalogue, registry, gateway, gauges, metrics, log, started=time.time())
+    try:
+        async with Monitor(registry, settings.health).running(), gauges.refreshed():
+            yield runtime
+    finally:
+        relay.close()
+        metrics.close()
+
+
+class Gauges:
+    """Writes what stands still between events: slots, queue, states of workers."""
+
+    def __init__(self, metrics: Metrics, registry: Registry, admission: LocalAdmission) -> None:
+        self._metrics = metrics
+        self._registry = registry
+        self._admission = admission
+
+    def write(self) -> None:
+        for band in Band:
+            self._metrics.queue_depth.labels(band).set(self._admission.waiting(band))
+        for worker in self._registry:
+            self._write_worker(worker)
+
+    def _write_worker(self, worker: Worker) -> None:
+        self._metrics.slots_held.labels(worker.id).set(self._admission.held(worker.id))
+        self._metrics.slots_capacity.labels(worker.id).set(worker.address.slots if worker.is_ready else 0)
+        for state in State:
+            is_in = worker.condition.state is state
+            self._metrics.worker_state.labels(worker.id, worker.variant.public_name, state).set(is_in)
+
+    @asynccontextmanager
+    async def refreshed(self) -> AsyncIterator[None]:
+        """Keep them fresh: with several processes a scrape reads what each process last wrote."""
+        task = asyncio.create_task(self._refresh())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _refresh(self) -> None:
+        while True:
+            self.write()
+            await asyncio.sleep(GAUGES_INTERVAL_S)

@@ -1,0 +1,201 @@
+"""The account of one request: when each stage happened, what it cost, and the one outcome it ends in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from app.errors import GatewayError, InvalidRequest, QueueTimeout, Unavailable
+from app.inference import InferenceRequest, Outcome, TokenUsage
+from app.telemetry.logs import Log
+from app.telemetry.metrics import Metrics, Series
+
+Clock = Callable[[], float]
+
+UNRESOLVED = ""
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When the stages of a request happened, in monotonic seconds; pure, times come in as arguments.
+
+    TTFT runs from arrival to the first *generated* token (content, reasoning or a tool call), not to the chunk that
+    carries only the role. TPOT is (E2E - TTFT) / (tokens - 1).
+    """
+
+    arrived: float
+    waited_s: float = 0.0
+    dispatched: float | None = None
+    first_byte: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    token_chunks: int = 0
+
+    def token(self, now: float) -> float | None:
+        """A token chunk came; the gap since the last one, None for the first."""
+        self.token_chunks += 1
+        last, self.last_token = self.last_token, now
+        if last is None:
+            self.first_token = now
+            return None
+        return now - last
+
+    @property
+    def overhead_s(self) -> float | None:
+        """What the gateway itself took before the request left it."""
+        return None if self.dispatched is None else max(0.0, self.dispatched - self.arrived - self.waited_s)
+
+    def time_per_output_token(self, ended: float, completion_tokens: int) -> float | None:
+        if self.first_token is None or completion_tokens < 2:
+            return None
+        return (ended - self.first_token) / (completion_tokens - 1)
+
+
+class Account:
+    """Counts a request in flight while it is entered; observes everything about it, once, when it is left.
+
+    The outcome is decided by how it is left: by the exception that passes through, or by `fail` for an answer that
+    broke after its first byte, where no exception can reach the client any more.
+    """
+
+    __slots__ = ("_broken", "_clock", "_log", "_metrics", "_request", "_series", "timeline", "usage", "variant")
+
+    def __init__(self, request: InferenceRequest, metrics: Metrics, log: RequestsLog, clock: Clock) -> None:
+        self._request = request
+        self._metrics = metrics
+        self._log = log
+        self._clock = clock
+        self._series: Series | None = None
+        self.variant = UNRESOLVED
+        self._broken: GatewayError | None = None
+        self.timeline = Timeline(request.arrived)
+        self.usage: TokenUsage | None = None
+
+    def __enter__(self) -> Self:
+        self._metrics.in_flight.inc()
+        return self
+
+    def admitted(self, variant: str, waited_s: float) -> None:
+        """A slot was granted, on a worker of `variant`. Said again after a move to a worker of another variant."""
+        self.variant = variant
+        self.timeline.waited_s = waited_s
+        self._series = self._metrics.series(self._request.resolved_model, variant, self._request.band)
+
+    def dispatched(self, now: float) -> None:
+        self.timeline.dispatched = now
+
+    def first_byte(self, now: float) -> None:
+        self.timeline.first_byte = now
+
+    def token(self, now: float) -> None:
+        gap = self.timeline.token(now)
+        if gap is not None and self._series is not None:
+            self._series.itl.observe(gap)
+
+    def fail(self, error: GatewayError) -> None:
+        """The answer broke after its first byte."""
+        self._broken = error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ended = self._clock()
+        cause = error or self._broken
+        outcome, code = outcome_of(cause), code_of(cause)
+        model, band = self._request.resolved_model, self._request.band
+        self._metrics.in_flight.dec()
+        self._metrics.ended(model, self.variant, band, outcome, code, ended - self.timeline.arrived)
+        if self._series is not None:
+            self._observe(self._series, ended, outcome)
+        if self._log.wants(outcome):
+            self._log.write(self._request, self, outcome, code, ended)
+
+    def _observe(self, series: Series, ended: float, outcome: Outcome) -> None:
+        line = self.timeline
+        series.queue_wait.observe(line.waited_s)
+        if line.overhead_s is not None:
+            series.overhead.observe(line.overhead_s)
+        if line.dispatched is not None and line.first_byte is not None:
+            series.upstream_first_byte.observe(line.first_byte - line.dispatched)
+        if line.first_token is not None:
+            series.ttft.observe(line.first_token - line.arrived)
+        # Without the worker's word on it, a lower bound: a chunk carries at least one token.
+        usage = self.usage or TokenUsage(completion_tokens=line.token_chunks)
+        series.prompt_tokens.inc(usage.prompt_tokens)
+        series.generation_tokens.inc(usage.completion_tokens)
+        per_token = line.time_per_output_token(ended, usage.completion_tokens)
+        if per_token is not None and outcome is Outcome.COMPLETED:
+            series.tpot.observe(per_token)
+
+
+def outcome_of(cause: BaseException | None) -> Outcome:
+    """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it."""
+    match cause:
+        case None:
+            return Outcome.COMPLETED
+        case QueueTimeout():
+            return Outcome.EXPIRED
+        case InvalidRequest() | Unavailable():
+            return Outcome.REJECTED
+        case asyncio.CancelledError():
+            return Outcome.CANCELLED
+        case _:
+            return Outcome.FAILED
+
+
+def code_of(cause: BaseException | None) -> str:
+    """The `code` label: a GatewayError's own, `client_gone` for a cancelled request, empty for a good end."""
+    match cause:
+        case None:
+            return ""
+        case GatewayError():
+            return cause.code
+        case asyncio.CancelledError():
+            return "client_gone"
+        case _:
+            return GatewayError.code
+
+
+class RequestsLog:
+    """One line for each request that ended, or for those that failed, or none."""
+
+    def __init__(self, log: Log, wanted: Literal["all", "failed", "none"]) -> None:
+        self._log = log
+        self._wanted = wanted
+
+    def wants(self, outcome: Outcome) -> bool:
+        return self._wanted == "all" or (self._wanted == "failed" and outcome is Outcome.FAILED)
+
+    def write(self, request: InferenceRequest, account: Account, outcome: Outcome, code: str, ended: float) -> None:
+        line, usage = account.timeline, account.usage or TokenUsage()
+        self._log.info(
+            "request",
+            request_id=request.id,
+            route=request.route.value,
+            model=request.resolved_model,
+            variant=account.variant,
+            band=request.band.value,
+            stream=request.stream,
+            outcome=outcome.value,
+            code=code,
+            queue_s=round(line.waited_s, 6),
+            ttft_s=None if line.first_token is None else round(line.first_token - line.arrived, 6),
+            duration_s=round(ended - line.arrived, 6),
+            prompt_tokens=usage.prompt_tokens,
+            generation_tokens=usage.completion_tokens,
+        )
+
+
+class Accounts:
+    """Opens the account of each request."""
+
+    def __init__(self, metrics: Metrics, requests_log: RequestsLog, clock: Clock) -> None:
+        self._metrics = metrics
+        self._log = requests_log
+        self._clock = clock
+
+    def open(self, request: InferenceRequest) -> Account:
+        return Account(request, self._metrics, self._log, self._clock)

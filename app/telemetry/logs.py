@@ -1,0 +1,62 @@
+"""Logs: one JSON object (or readable line) an event, on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Protocol
+
+import structlog
+
+from app.settings import Logs
+
+
+class Log(Protocol):
+    """What the rest of the gateway needs of a logger: an event and its fields."""
+
+    def debug(self, event: str, **fields: Any) -> Any: ...
+    def info(self, event: str, **fields: Any) -> Any: ...
+    def warning(self, event: str, **fields: Any) -> Any: ...
+    def error(self, event: str, **fields: Any) -> Any: ...
+    def exception(self, event: str, **fields: Any) -> Any: ...
+
+
+# uvicorn says this each time a broken stream is deliberately left without its end, which is how a client learns of it.
+_DELIBERATE = "ASGI callable returned without completing response."
+
+
+def open_log(settings: Logs) -> Log:
+    """A logger that writes to stderr, and the standard library's loggers (uvicorn's among them) routed into it."""
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if settings.format == "json"
+        else structlog.dev.ConsoleRenderer(colors=False)
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                renderer,
+            ],
+        )
+    )
+    handler.addFilter(lambda record: record.getMessage() != _DELIBERATE)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(max(level, logging.INFO))
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log: Log = structlog.wrap_logger(
+        structlog.PrintLogger(sys.stderr),
+        processors=[*shared, structlog.processors.format_exc_info, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=True,
+    )
+    return log

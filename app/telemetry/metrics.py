@@ -1,0 +1,203 @@
+"""Every series that Sluice exports, declared once, on a registry that is passed in.
+
+Seconds and tokens. Label values come from the configuration and from enumerations, never from what a client sends, so
+their number stays bounded. With several gateway processes each writes to memory-mapped files in
+`PROMETHEUS_MULTIPROC_DIR` and a scrape of any of them adds all up; that directory must be set before
+`prometheus_client` is imported, which is why only this module imports it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from app.inference import Band, Outcome
+
+# vLLM's own bucket edges, so that gateway and engine panels overlay.
+TTFT_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+)
+ITL_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
+DURATION_BUCKETS = (
+    0.01,
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1,
+    1.5,
+    2,
+    2.5,
+    5,
+    10,
+    15,
+    20,
+    30,
+    40,
+    50,
+    60,
+    120,
+    240,
+    480,
+    960,
+    1920,
+    3840,
+)
+OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
+
+_LABELS = ("model", "variant", "band")
+
+
+class Metrics:
+    """The series of one process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, _LABELS, buckets=buckets, registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str, across: str = "livesum") -> Gauge:
+            return Gauge(name, text, labels, registry=registry, multiprocess_mode=across)  # type: ignore[arg-type]
+
+        self._registry = registry
+        self.ttft = histogram("sluice_time_to_first_token_seconds", "Arrival to first generated token.", TTFT_BUCKETS)
+        self.queue_wait = histogram("sluice_queue_wait_seconds", "Arrival to grant of a slot.", TTFT_BUCKETS)
+        self.upstream_first_byte = histogram(
+            "sluice_upstream_first_byte_seconds", "Dispatch to the worker's first body byte.", TTFT_BUCKETS
+        )
+        self.overhead = histogram(
+            "sluice_gateway_overhead_seconds", "Arrival to dispatch, less the wait for a slot.", OVERHEAD_BUCKETS
+        )
+        self.itl = histogram("sluice_inter_token_latency_seconds", "Gap between token chunks of a stream.", ITL_BUCKETS)
+        self.tpot = histogram(
+            "sluice_time_per_output_token_seconds", "(E2E - TTFT) / (tokens - 1) of a stream.", ITL_BUCKETS
+        )
+        self.duration = Histogram(
+            "sluice_request_duration_seconds",
+            "Arrival to the end of the answer.",
+            (*_LABELS, "outcome"),
+            buckets=DURATION_BUCKETS,
+            registry=registry,
+        )
+        self.prompt_tokens = counter("sluice_prompt_tokens_total", "Prompt tokens, as workers counted them.", *_LABELS)
+        self.generation_tokens = counter("sluice_generation_tokens_total", "Generated tokens.", *_LABELS)
+        self.requests = counter("sluice_requests_total", "Requests that ended.", *_LABELS, "outcome", "code")
+        self.in_flight = gauge("sluice_requests_in_flight", "Requests between arrival and end.")
+        self.queue_depth = gauge("sluice_queue_depth", "Tickets that wait for a slot.", "band")
+        self.slots_held = gauge("sluice_slots_held", "Slots that are held.", "worker")
+        self.slots_capacity = gauge("sluice_slots_capacity", "Slots of a worker.", "worker", across="livemax")
+        self.worker_state = gauge(
+            "sluice_worker_state",
+            "1 for the state that a worker is in.",
+            "worker",
+            "variant",
+            "state",
+            across="livemax",
+        )
+        self.retries = counter("sluice_retries_total", "Attempts that were repeated on another slot.", "reason")
+        self._series: dict[tuple[str, str, Band], Series] = {}
+        self._ends: dict[tuple[str, str, Band, Outcome, str], tuple[Counter, Histogram]] = {}
+
+    def series(self, model: str, variant: str, band: Band) -> Series:
+        """The children of one label set. Cached: looking each up costs more than the observation itself."""
+        key = (model, variant, band)
+        found = self._series.get(key)
+        if found is None:
+            found = self._series[key] = Series.of(self, key)
+        return found
+
+    def ended(self, model: str, variant: str, band: Band, outcome: Outcome, code: str, duration_s: float) -> None:
+        """Count the one end of a request."""
+        key = (model, variant, band, outcome, code)
+        found = self._ends.get(key)
+        if found is None:
+            labels = (model, variant, band, outcome)
+            found = self._ends[key] = self.requests.labels(*labels, code), self.duration.labels(*labels)
+        count, duration = found
+        count.inc()
+        duration.observe(duration_s)
+
+    def exposition(self) -> bytes:
+        """All series in Prometheus' text format; of all processes when there are several. Blocks for milliseconds."""
+        if MULTIPROC_DIR not in os.environ:
+            return generate_latest(self._registry)
+        merged = CollectorRegistry()
+        MultiProcessCollector(merged)  # type: ignore[no-untyped-call]
+        return generate_latest(merged)
+
+    def close(self) -> None:
+        """Take this process' gauges out of the sum."""
+        if MULTIPROC_DIR in os.environ:
+            mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
+
+
+def open_metrics() -> Metrics:
+    disable_created_metrics()  # a third of all series, and nobody reads them
+    registry = CollectorRegistry()
+    if MULTIPROC_DIR not in os.environ:
+        ProcessCollector(registry=registry)
+    return Metrics(registry)
+
+
+@dataclass(slots=True)
+class Series:
+    """The children that one (model, variant, band) writes to."""
+
+    ttft: Histogram
+    queue_wait: Histogram
+    upstream_first_byte: Histogram
+    overhead: Histogram
+    itl: Histogram
+    tpot: Histogram
+    prompt_tokens: Counter
+    generation_tokens: Counter
+
+    @classmethod
+    def of(cls, metrics: Metrics, labels: tuple[str, str, Band]) -> Series:
+        return cls(
+            ttft=metrics.ttft.labels(*labels),
+            queue_wait=metrics.queue_wait.labels(*labels),
+            upstream_first_byte=metrics.upstream_first_byte.labels(*labels),
+            overhead=metrics.overhead.labels(*labels),
+            itl=metrics.itl.labels(*labels),
+            tpot=metrics.tpot.labels(*labels),
+            prompt_tokens=metrics.prompt_tokens.labels(*labels),
+            generation_tokens=metrics.generation_tokens.labels(*labels),
+        )

@@ -1,0 +1,1 @@
+"""Workers: what is known about each vLLM server, and how it is found out."""
