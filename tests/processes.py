@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 class Process:
-    """A child in its own process group, whose output is read as it comes. Owns the whole group."""
+    """A child in its own process group, whose output is read as it comes. Owns the whole group; `env` None is ours."""
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> None:
         self._child = subprocess.Popen(
@@ -44,7 +44,7 @@ class Process:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env=env,
             cwd=cwd,
             start_new_session=True,
         )

@@ -11,7 +11,7 @@ from typing import Any
 from tests.fakes.server import Request
 
 HISTORY = 2_000
-GAUGES = ("open", "running", "waiting")
+GAUGES = ("open", "running", "waiting", "connections")
 
 
 @dataclass
@@ -52,11 +52,11 @@ class Received:
 class Observer:
     """Counts and remembers requests; `wait_for` resolves as soon as the numbers are reached."""
 
-    def __init__(self, engine_state: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, gauges: Callable[[], Mapping[str, int]]) -> None:
         self.counts = Counts()
         self.requests: deque[Received] = deque(maxlen=HISTORY)
         self.probes: Counter[str] = Counter()
-        self._engine_state = engine_state
+        self._gauges = gauges
         self._waiters: set[tuple[frozenset[tuple[str, int]], asyncio.Future[None]]] = set()
 
     def begin(self, request: Request) -> Received:
@@ -74,8 +74,8 @@ class Observer:
         self.changed()
 
     def state(self) -> dict[str, int]:
-        """All counters and the engine's gauges by name."""
-        return {**asdict(self.counts), **self._engine_state()}
+        """All counters and gauges by name."""
+        return {**asdict(self.counts), **self._gauges()}
 
     def changed(self) -> None:
         if not self._waiters:

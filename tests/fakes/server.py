@@ -137,12 +137,14 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._server.connections.add(self)
+        self._server.changed()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
         self._writable.set()
         self._pending.clear()
         self._server.connections.discard(self)
+        self._server.changed()
         if self._task is not None and not (self._exchange is not None and self._exchange.ignores_abort):
             self._task.cancel()
 
@@ -223,10 +225,14 @@ class Connection(asyncio.Protocol):
 
 
 class Server:
-    """The listener and everything it accepted. `stop` leaves no socket and no task behind."""
+    """The listener and everything it accepted; `changed` is called when a connection comes or goes.
 
-    def __init__(self, handle: Handler) -> None:
+    `stop` leaves no socket and no task behind.
+    """
+
+    def __init__(self, handle: Handler, changed: Callable[[], None]) -> None:
         self.handle = handle
+        self.changed = changed
         self.connections: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self._listener: asyncio.Server | None = None

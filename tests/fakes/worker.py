@@ -98,7 +98,7 @@ class FakeWorker:
         self._prompt_tokens_details = prompt_tokens_details
         self._request_id_headers = request_id_headers
         self._server_load_tracking = server_load_tracking
-        self._observer = Observer(lambda: {"running": self._engine.running, "waiting": self._engine.waiting})
+        self._observer = Observer(self._gauges)
         self._vocabulary = Vocabulary()
         self._faults = parse_faults(fault)
         self._fault_uses: int | None = None
@@ -111,8 +111,11 @@ class FakeWorker:
         cache = PrefixCache(BLOCK_SIZE, BLOCKS)
         self._engine = Engine(self._max_num_seqs, cache, self._observer.changed)
         self._statistics = Statistics()
-        self._server = Server(self._handle)
+        self._server = Server(self._handle, self._observer.changed)
         self.crashed = False
+
+    def _gauges(self) -> dict[str, int]:
+        return {"running": self._engine.running, "waiting": self._engine.waiting, "connections": self.connections}
 
     # life
 
@@ -172,7 +175,7 @@ class FakeWorker:
         return len(self._server.connections)
 
     async def wait_for(self, timeout_s: float = 5.0, **expected: int) -> None:
-        """Wait for numbers: open, running, waiting exactly; seen, finished, aborted, broken at least.
+        """Wait for numbers: open, running, waiting, connections exactly; seen, finished, aborted, broken at least.
 
         Raises TimeoutError that names the numbers found instead.
         """
