@@ -14,8 +14,12 @@ class Figure(Enum):
     BUSY_1K = ("target's CPU meanwhile", "% of a core", 0)
     ADDED_TTFT_P50 = ("added TTFT p50 at 200 requests/s", "ms", 2)
     ADDED_TTFT_P99 = ("added TTFT p99 at 200 requests/s", "ms", 2)
+    DIRECT_TTFT_P50 = ("TTFT p50 of that load straight to the worker", "ms", 2)
+    DIRECT_TTFT_P99 = ("TTFT p99 of that load straight to the worker", "ms", 2)
     ADDED_CHUNK_P50 = ("added inter-token delay p50 at 6,000 chunks/s", "ms", 2)
     ADDED_CHUNK_P99 = ("added inter-token delay p99 at 6,000 chunks/s", "ms", 2)
+    DIRECT_CHUNK_P50 = ("delay p50 of those chunks straight from the worker", "ms", 2)
+    DIRECT_CHUNK_P99 = ("delay p99 of those chunks straight from the worker", "ms", 2)
     PSS = ("memory (PSS) when ready", "MiB", 0)
     IDLE_STREAM = ("memory per idle stream", "KiB", 1)
 

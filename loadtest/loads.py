@@ -153,7 +153,7 @@ class OpenLoop:
             connection.send(self._request, self._waiting.popleft())
 
     def _sampled(self, due_ns: int) -> bool:
-        return due_ns >= self._begin_ns + self._warmup_ns
+        return self._warmup_ns <= due_ns - self._begin_ns <= self._times_ns[-1]
 
     def on_token(self, connection: Connection, due_ns: int, now_ns: int) -> None:
         if connection.tokens == 1 and self._sampled(connection.sent_ns):
@@ -203,7 +203,8 @@ async def open_loop(
 ) -> OpenLoopResult:
     """Send `request` at `times_ns` (ns from the start), over connections that are opened beforehand.
 
-    Samples are kept of what was due after the first `warmup_s`; `grace_s` bounds the wait for the last answers.
+    Samples are kept of what was due between `warmup_s` and the last send time; `grace_s` bounds the wait for the last
+    answers.
 
     Raises:
         LoadError: the connections could not be opened.
@@ -220,12 +221,17 @@ async def open_loop(
 
 
 class IdleStreams:
-    """Streams that have their first token and wait for the second."""
+    """Streams that have their first token and wait for the second.
+
+    Attributes:
+        ended: streams that did not stay open.
+    """
 
     def __init__(self, address: Address, request: ChatRequest) -> None:
         self._address, self._request = address, request.encode(address)
         self._first: dict[Connection, asyncio.Future[None]] = {}
         self._closing = False
+        self.ended = 0
 
     async def open(self, count: int, limit_s: float) -> None:
         """Open `count` streams, 16 at a time, and await the first token of each."""
@@ -263,12 +269,18 @@ class IdleStreams:
 
     def _refuse(self, connection: Connection, why: str) -> None:
         first = self._first.get(connection)
-        if first and not first.done() and not self._closing:
+        if self._closing or first is None:
+            return
+        if first.done():
+            self.ended += 1
+        else:
             first.set_exception(LoadError(why))
 
 
 @asynccontextmanager
-async def idle_streams(address: Address, request: ChatRequest, count: int, limit_s: float) -> AsyncIterator[None]:
+async def idle_streams(
+    address: Address, request: ChatRequest, count: int, limit_s: float
+) -> AsyncIterator[IdleStreams]:
     """Hold `count` streams that each have had their first token, for as long as the block runs.
 
     Raises:
@@ -277,6 +289,6 @@ async def idle_streams(address: Address, request: ChatRequest, count: int, limit
     load = IdleStreams(address, request)
     try:
         await load.open(count, limit_s)
-        yield
+        yield load
     finally:
         load.close()

@@ -17,7 +17,7 @@ Results = Mapping[str, Findings]
 
 _METHOD = """\
 One target at a time, one process (a fresh one for each repeat), in front of a fresh light worker; {pinning}.
-Targets take turns over {plan.repeats} repeats; windows of {plan.window_s:g} s after {plan.warmup_s:g} s of warm-up.
+Rounds over all targets: {plan.repeats}; windows of {plan.window_s:g} s after {plan.warmup_s:g} s of warm-up.
 Cells are the median (lowest–highest) of the repeats; ratios are ratios of medians.
 
 - **CPU per request**: CPU time of the target's whole process tree (POSIX CPU clocks, ns) ÷ answers, closed loop,
