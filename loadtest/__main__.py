@@ -50,7 +50,10 @@ def bench_command(
     _allow_files(2 * plan.idle_count + 1_000)
     cores = Cores(*split_cores(usable_cores()))
     where = circumstances({target.name: target.version() for target in chosen})
-    results = uvloop.run(_measure(chosen, plan, cores))
+    try:
+        results = uvloop.run(_measure(chosen, plan, cores))
+    except asyncio.CancelledError:
+        raise click.Abort from None  # SIGTERM; Ctrl-C reaches click by itself
     print("\n" + figures_table(results) + "\n" + "\n".join(verdicts(results)))
     written = output or (None if quick else RESULTS)
     if written:

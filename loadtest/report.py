@@ -119,7 +119,7 @@ def verdicts(results: Results) -> list[str]:
             lines.append(f"{figure.label} at most {allowed:.2f} × naive: not measured")
         else:
             verdict = "met" if ours / base <= allowed else "missed"
-            lines.append(f"{figure.label} at most {allowed:.2f} × naive: {ours / base:.2f}, {verdict}")
+            lines.append(f"{figure.label} at most {allowed:.2f} × naive: {ours / base:.3f}, {verdict}")
     return lines
 
 
