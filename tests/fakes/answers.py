@@ -175,7 +175,11 @@ def completion_logprobs(job: Job, tokens: Sequence[Token], offset: int, echoed: 
         return None
     offsets = [offset + sum(len(token.piece) for token in tokens[:position]) for position in range(len(tokens))]
     values: list[float | None] = [logprob(token.piece) for token in tokens]
-    tops: list[Json | None] = [{token.piece: logprob(token.piece)} for token in tokens]
+    ranks = range(max(1, int(job.body["logprobs"])))
+    tops: list[Json | None] = [
+        {ranked["token"]: ranked["logprob"] for ranked in (_ranked(token.piece, rank) for rank in ranks)}
+        for token in tokens
+    ]
     if echoed and tokens:
         values[0] = tops[0] = None
     return {

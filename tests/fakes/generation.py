@@ -78,6 +78,9 @@ def _words(job: Job, prompt: int, rotation: int) -> list[str]:
     if nonce is not None:
         asked = job.body.get("max_tokens") or job.body.get("max_completion_tokens") or DEFAULT_NONCE_TOKENS
         return [f" {nonce}-{position}" for position in range(min(int(asked), job.max_tokens))]
+    allowed = (job.body.get("structured_outputs") or {}).get("choice")
+    if allowed:
+        return pieces(allowed[0])
     wanted = job.body.get("response_format") or {}
     schema = json_schema(job.body)
     if schema is not None:

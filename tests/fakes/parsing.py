@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -16,6 +17,7 @@ MAX_LOGPROBS = 20
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
 _INTEGERS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "n", "seed", "top_logprobs")
 _REQUIRED = {"chat": "messages", "completion": "prompt", "responses": "input", "messages": "messages"}
+_NUMERAL = re.compile(r"-?\d+")
 _JSON_TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 
 
@@ -52,8 +54,20 @@ def _invalid(kind: str, where: str, message: str, value: object, context: Body |
     error: dict[str, object] = {"type": kind, "loc": where, "msg": message, "input": _summary(value)}
     if context:
         error["ctx"] = dict(context)
-    text = f"1 validation error:\n  {error}"
+    return _invalid_many(where, [error])
+
+
+def _invalid_many(where: str, errors: Sequence[object]) -> Refusal:
+    label = "error" if len(errors) == 1 else "errors"
+    text = "\n".join([f"{len(errors)} validation {label}:", *(f"  {error}" for error in errors)])
     return refusal(HTTPStatus.BAD_REQUEST, text, HTTPStatus.BAD_REQUEST.phrase, where)
+
+
+def missing(body: Body | None, *names: str) -> Refusal:
+    """The refusal of a body that lacks required fields (one of several alternatives: all are named)."""
+    places = [f"body.{name}" for name in names]
+    facts = {"msg": "Field required", "input": _summary(body)}
+    return _invalid_many(places[0], [{"type": "missing", "loc": place, **facts} for place in places])
 
 
 def _summary(value: object) -> str:
@@ -108,8 +122,9 @@ def read_json(raw: bytes) -> Body:
 def parse_job(kind: str, body: Body, default_model: str, max_model_len: int, vocabulary: Vocabulary) -> Job:
     """Read the body of an inference route; `kind` is chat, completion, responses or messages. Raises Refusal."""
     _check_types(kind, body)
-    _check_sampling(body)
+    body = _coerced(body)
     _check_structure(body)
+    _check_sampling(body)
     if kind == "completion":
         prompts = _completion_prompts(body["prompt"], vocabulary)
         user_text = "".join(prompts[0]).strip()
@@ -137,11 +152,11 @@ def parse_job(kind: str, body: Body, default_model: str, max_model_len: int, voc
 def _check_types(kind: str, body: Body) -> None:
     required = _REQUIRED[kind]
     if required not in body:
-        raise _invalid("missing", f"body.{required}", "Field required", body)
+        raise missing(body, required)
     if required == "messages" and not isinstance(body["messages"], list):
         raise _invalid("list_type", "body.messages", "Input should be a valid list", body["messages"])
     if kind == "messages" and body.get("max_tokens") is None:
-        raise _invalid("missing", "body.max_tokens", "Field required", body)
+        raise missing(body, "max_tokens")
     for name in _FLOATS:
         _check_number(name, body.get(name), whole=False)
     for name in _INTEGERS:
@@ -149,6 +164,13 @@ def _check_types(kind: str, body: Body) -> None:
     if not isinstance(body.get("stream", False), bool | int | None):
         message = "Input should be a valid boolean, unable to interpret input"
         raise _invalid("bool_parsing", "body.stream", message, body["stream"])
+
+
+def _coerced(body: Body) -> Body:
+    """Numbers given as text become numbers, as pydantic has it."""
+    numbers = {name: float(body[name]) for name in _FLOATS if isinstance(body.get(name), str)}
+    wholes = {name: int(body[name]) for name in _INTEGERS if isinstance(body.get(name), str | float)}
+    return {**body, **numbers, **wholes}
 
 
 def _check_number(name: str, value: object, *, whole: bool) -> None:
@@ -161,6 +183,8 @@ def _check_number(name: str, value: object, *, whole: bool) -> None:
             raise _invalid("int_from_float", f"body.{name}", message, value)
         return
     if isinstance(value, str):
+        if _NUMERAL.fullmatch(value):
+            return
         message = f"Input should be a valid {article}, unable to parse string as {'an' if whole else 'a'} {article}"
         raise _invalid(f"{kind}_parsing", f"body.{name}", message, value)
     raise _invalid(f"{kind}_type", f"body.{name}", f"Input should be a valid {article}", value)
@@ -178,55 +202,62 @@ def _check_sampling(body: Body) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         if body.get(name) is not None and not -2 <= body[name] <= 2:
             raise bad_request(f"{name} must be in [-2, 2], got {float(body[name])}.")
-    if body.get("n") is not None and body["n"] < 1:
-        raise bad_request(f"n must be at least 1, got {body['n']}.")
-    logprobs = body.get("top_logprobs") or (body.get("logprobs") if not isinstance(body.get("logprobs"), bool) else 0)
-    if logprobs and logprobs > MAX_LOGPROBS:
-        message = f"Requested sample logprobs of {logprobs}, which is greater than max allowed: {MAX_LOGPROBS}"
-        raise bad_request(message, "logprobs", logprobs)
+    count = body.get("n")
+    if count is not None and count < 1:
+        raise bad_request(f"n must be at least 1, got {count}.")
+    if temperature == 0 and (count or 1) > 1:
+        raise bad_request(f"n must be 1 when using greedy sampling, got {count}.")
+    least, most = body.get("min_tokens"), body.get("max_tokens")
+    if least is not None and most is not None and 0 < most < least:
+        raise bad_request(f"min_tokens must be less than or equal to max_tokens={most}, got {least}.")
+    if "" in (body.get("stop") or ()):
+        raise bad_request("stop cannot contain an empty string.")
+
+
+def check_engine(job: Job) -> None:
+    """What only the engine refuses, after a stream has already been opened with status 200. Raises Refusal."""
+    asked = job.body.get("top_logprobs" if job.kind == "chat" else "logprobs") or 0
+    if asked > MAX_LOGPROBS:
+        message = f"Requested sample logprobs of {asked}, which is greater than max allowed: {MAX_LOGPROBS}"
+        raise bad_request(message, "logprobs", asked)
+    kind = (json_schema(job.body) or {}).get("type")
+    if kind is not None and kind not in _JSON_TYPES:
+        raise bad_request(f"Grammar error: Invalid type: {kind}")
 
 
 def _check_structure(body: Body) -> None:
     if body.get("stream_options") and not body.get("stream"):
-        raise _client_error("Stream options can only be defined when `stream=True`.", "stream_options", body)
+        raise bad_request("Stream options can only be defined when `stream=True`.", "stream_options")
     if body.get("top_logprobs") and not body.get("logprobs"):
-        raise _client_error("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs", body)
+        raise bad_request("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
     _check_tools(body)
-    schema = json_schema(body)
-    if schema is not None:
-        _check_schema(schema)
-
-
-def _client_error(message: str, parameter: str, body: Body) -> Refusal:
-    """A refusal out of a request model's own validator: pydantic wraps it, the parameter is the validator's."""
-    del body
-    return bad_request(message, parameter)
+    wanted = body.get("response_format") or {}
+    if wanted.get("type") == "json_schema" and not wanted.get("json_schema"):
+        message = "When response_format type is 'json_schema', the 'json_schema' field must be provided."
+        raise bad_request(message, "response_format")
 
 
 def _check_tools(body: Body) -> None:
+    if body.get("tools") == []:
+        message = "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely."
+        raise bad_request(message, "tools")
     choice = body.get("tool_choice")
     if choice in (None, "none"):
         return
     tools = body.get("tools")
     if not tools:
-        raise _client_error("When using `tool_choice`, `tools` must be set.", "tool_choice", body)
+        raise bad_request("When using `tool_choice`, `tools` must be set.", "tool_choice")
     if isinstance(choice, dict):
         names = [tool.get("function", {}).get("name") for tool in tools]
         if choice.get("function", {}).get("name") not in names:
             message = "The tool specified in `tool_choice` does not match any of the specified `tools`"
-            raise _client_error(message, "tool_choice", body)
+            raise bad_request(message, "tool_choice")
 
 
 def json_schema(body: Body) -> Body | None:
     """The JSON schema the answer must obey, if the request has one."""
     wanted = body.get("response_format") or {}
     return (wanted.get("json_schema") or {}).get("schema") if wanted.get("type") == "json_schema" else None
-
-
-def _check_schema(schema: Body) -> None:
-    kind = schema.get("type")
-    if kind is not None and kind not in _JSON_TYPES:
-        raise bad_request(f"Grammar error: Invalid type: {kind}")
 
 
 def _turns(kind: str, body: Body, model: str) -> list[tuple[str, str]]:
@@ -238,6 +269,9 @@ def _turns(kind: str, body: Body, model: str) -> list[tuple[str, str]]:
         messages = body["messages"]
     if not messages:
         raise bad_request("Cannot apply chat template to an empty conversation. Provide at least one message.")
+    for at, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise _invalid("dict_type", f"body.messages.{at}", "Input should be a valid dictionary", message)
     system = body.get("system") if kind == "messages" else None
     turns = [("system", _text(system, model))] if system else []
     return turns + [(str(message.get("role", "user")), _text(message.get("content"), model)) for message in messages]
@@ -253,25 +287,30 @@ def _text(content: object, model: str) -> str:
 
 def _completion_prompts(prompt: object, vocabulary: Vocabulary) -> tuple[tuple[str, ...], ...]:
     """A prompt is text, token ids, or a list of either."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and prompt:
         return (tuple(pieces(prompt)),)
     if isinstance(prompt, list) and prompt and all(isinstance(part, int) for part in prompt):
         return (tuple(vocabulary.decode(prompt)),)
     if isinstance(prompt, list) and prompt:
         return tuple(_completion_prompts(part, vocabulary)[0] for part in prompt)
-    raise bad_request("Either prompt or prompt_embeds must be provided and non-empty.")
+    if prompt == []:
+        raise bad_request("You must pass at least one prompt")
+    raise bad_request("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
 
 
 def _max_tokens(kind: str, body: Body, prompts: Sequence[Sequence[str]], max_model_len: int) -> int:
     """Tokens the answer may have, with vLLM's refusals of prompts and limits beyond the context."""
     longest = max(len(prompt) for prompt in prompts)
     if longest > max_model_len:
+        # Text is tokenized only up to the first token too many; token ids are counted.
+        given = isinstance(body.get("prompt"), list) and not isinstance(body["prompt"][0], str)
+        count, qualifier = (longest, "") if given else (max_model_len + 1, "at least ")
         raise bad_request(
-            f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains at least "
-            f"{max_model_len + 1} input tokens, which exceeds this limit even without any output tokens. Please reduce "
-            "the length of the input prompt.",
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
+            f"{qualifier}{count} input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt.",
             "input_tokens",
-            max_model_len + 1,
+            count,
         )
     asked = body.get("max_completion_tokens")
     asked = body.get("max_output_tokens") if asked is None else asked
