@@ -35,6 +35,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
         self._loop = loop
         self._limits = limits
+        self._longest_sleep_s = min(limits.first_byte_timeout_s, limits.gap_timeout_s, limits.total_timeout_s)
         self._transport: asyncio.Transport = cast("asyncio.Transport", None)  # set before any other callback
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
@@ -55,8 +56,14 @@ class Connection(asyncio.Protocol):
         self.headers: dict[bytes, bytes] = {}
         self.is_complete = False
         self.has_body_begun = False
+        self._keeps_alive = False
 
     # -- what the relay calls --------------------------------------------------------------------------------------
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Body bytes that wait to be read; the worker is not read from while they are more than BUFFER_MAX_BYTES."""
+        return self._buffered
 
     def start(self, head: bytes, body: bytes) -> None:
         """Send a request. The connection must be idle."""
@@ -64,7 +71,7 @@ class Connection(asyncio.Protocol):
         self._busy = True
         self._started = self._since = self._loop.time()
         self._transport.writelines((head, body))
-        self._timer = self._loop.call_later(self._limits.first_byte_timeout_s, self._check_time)
+        self._timer = self._loop.call_later(self._longest_sleep_s, self._check_time)
 
     async def read_head(self) -> None:
         """Wait until `status` and `headers` are known. Raises GatewayError."""
@@ -92,7 +99,7 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        reusable = self.is_open and self.is_complete and self._error is None and self._parser.should_keep_alive()
+        reusable = self.is_open and self.is_complete and self._error is None and self._keeps_alive
         if not reusable:
             self.abort()
         return reusable
@@ -132,7 +139,7 @@ class Connection(asyncio.Protocol):
         if now - self._started >= self._limits.total_timeout_s:
             self._break(UpstreamStalled("The answer took longer than a whole answer may."))
         elif waited < limit:
-            self._timer = self._loop.call_later(max(0.01, min(limit - waited, limit)), self._check_time)
+            self._timer = self._loop.call_later(min(limit - waited, self._longest_sleep_s), self._check_time)
         elif self.has_body_begun:
             self._break(UpstreamStalled("The worker stopped in the middle of its answer."))
         else:
@@ -194,6 +201,7 @@ class Connection(asyncio.Protocol):
             self._answered = False
         else:
             self.is_complete = True
+            self._keeps_alive = self._parser.should_keep_alive()  # known only inside this callback
 
 
 @dataclass(slots=True)
