@@ -22,6 +22,7 @@ from app.telemetry.logs import open_log
 from app.telemetry.metrics import Metrics
 from app.workers import worker as transitions
 from app.workers.registry import Registry
+from tests.fakes.engine import Timing
 from tests.fakes.worker import FakeWorker
 
 MOST_AWAITS = 200
@@ -36,11 +37,11 @@ class CancelledAt:
         self.reached = False
 
     def __await__(self) -> Generator[Any, Any, None]:
-        steps = self._coroutine.__await__()
-        resume = lambda: next(steps)  # noqa: E731
+        steps: Generator[Any, Any, None] = self._coroutine.__await__()
+        thrown: BaseException | None = None
         while True:
             try:
-                awaited = resume()
+                awaited = next(steps) if thrown is None else steps.throw(thrown)
             except StopIteration:
                 return
             if self._left == 0:
@@ -49,12 +50,11 @@ class CancelledAt:
                 assert task is not None
                 task.cancel()
             self._left -= 1
+            thrown = None
             try:
                 yield awaited
-                resume = lambda: next(steps)  # noqa: E731
             except BaseException as error:  # noqa: BLE001 - handed to the coroutine, which decides
-                caught = error
-                resume = lambda: steps.throw(caught)  # noqa: E731, B023
+                thrown = error
 
 
 class House:
@@ -93,7 +93,8 @@ class House:
 
 @asynccontextmanager
 async def house() -> AsyncIterator[House]:
-    async with FakeWorker("m") as worker:
+    # Slow enough that an answer which nobody reads is still under way when the test looks for it.
+    async with FakeWorker("m", timing=Timing(decode_s=0.03)) as worker:
         built = House(worker)
         try:
             yield built
@@ -101,14 +102,21 @@ async def house() -> AsyncIterator[House]:
             built.relay.close()
 
 
-async def live(gateway: Gateway, *, stream: bool) -> None:
-    body = b'{"model":"m","messages":[{"role":"user","content":"count to nine"}],"max_tokens":9,"stream":%s}'
-    request = InferenceRequest.parse(
-        body % (b"true" if stream else b"false"), request_id="r", route=Route.CHAT, arrived=time.monotonic()
-    )
-    with await gateway.serve(request) as reply:
-        while await reply.answer.next():
-            await asyncio.sleep(0)  # the client's socket takes its time
+class Life:
+    """One request, from its arrival until the client has read everything."""
+
+    def __init__(self, *, stream: bool) -> None:
+        body = b'{"model":"m","messages":[{"role":"user","content":"count to nine"}],"max_tokens":4,"stream":%s}'
+        self.request = InferenceRequest.parse(
+            body % (b"true" if stream else b"false"), request_id="r", route=Route.CHAT, arrived=time.monotonic()
+        )
+        self.is_read = False
+
+    async def run(self, gateway: Gateway) -> None:
+        with await gateway.serve(self.request) as reply:
+            while part := await reply.answer.next():
+                self.is_read = self.is_read or b"[DONE]" in part or not self.request.stream
+                await asyncio.sleep(0)  # the client's socket takes its time
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -118,8 +126,9 @@ async def test_nothing_leaks_wherever_a_request_is_cancelled(stream: bool, busy:
         for k in range(MOST_AWAITS):
             ended, cancelled = home.ended(), home.cancelled()
             blocker = await home.gateway.serve(blocking_request()) if busy else None
-            life = CancelledAt(live(home.gateway, stream=stream), k)
-            task = asyncio.ensure_future(wait(life))
+            life, seen = Life(stream=stream), home.worker.counts.seen
+            cancelled_at = CancelledAt(life.run(home.gateway), k)
+            task = asyncio.create_task(wait(cancelled_at))
             if blocker is not None:
                 while not home.admission.waiting(Band.DEFAULT) and not task.done():
                     await asyncio.sleep(0)
@@ -132,17 +141,19 @@ async def test_nothing_leaks_wherever_a_request_is_cancelled(stream: bool, busy:
             assert not any(home.admission.waiting(band) for band in Band)
             assert home.prometheus.get_sample_value("sluice_requests_in_flight") == 0
             assert home.ended() == ended + 1 + busy
-            assert home.cancelled() == cancelled + life.reached
+            assert home.cancelled() == cancelled + cancelled_at.reached
             async with asyncio.timeout(5):
                 await home.worker.wait_for(open=0)
-            if not life.reached:
+            if home.worker.counts.seen > seen and not life.is_read:
+                assert home.worker.requests[-1].outcome == "aborted"
+            if not cancelled_at.reached:
                 assert k > 2, "the request never waited: nothing was tested"
                 return
         pytest.fail(f"the request waits more than {MOST_AWAITS} times")
 
 
-async def wait(life: CancelledAt) -> None:
-    await life
+async def wait(cancelled_at: CancelledAt) -> None:
+    await cancelled_at
 
 
 def blocking_request() -> InferenceRequest:

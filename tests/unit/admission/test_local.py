@@ -14,7 +14,7 @@ from app.inference import Band
 
 
 def admission(*, slots: int = 1, workers: str = "a", **bounds: float) -> LocalAdmission:
-    built = LocalAdmission(settings.Admission(**bounds))  # type: ignore[arg-type]
+    built = LocalAdmission(settings.Admission(**bounds))
     for worker in workers:
         built.set_slots(worker, slots)
     return built
