@@ -182,7 +182,7 @@ async def test_a_given_request_id_names_the_answer(client: httpx.AsyncClient) ->
 )
 async def test_accepted_without_complaint(client: httpx.AsyncClient, fields: dict[str, Any]) -> None:
     body = {name: value for name, value in chat(**fields).items() if value is not None}
-    answer = await client.post(CHAT, content=json.dumps(body), headers={"content-type": "text/plain"})
+    answer = await client.post(CHAT, json=body)
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] == 6
 
@@ -467,6 +467,18 @@ async def test_a_body_that_is_not_a_request(client: httpx.AsyncClient, raw: byte
     answer = await client.post(CHAT, content=raw, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"], error["code"]) == (400, "Bad Request", param, 400)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/messages", "/v1/responses", "/tokenize"])
+@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {}])
+async def test_only_json_is_taken(client: httpx.AsyncClient, path: str, headers: dict[str, str]) -> None:
+    answer = await client.post(path, content=json.dumps(chat()), headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"], error["code"]) == (400, "Bad Request", None, 400)
+    typed = await client.post(
+        CHAT, content=json.dumps(chat()), headers={"content-type": "application/json; charset=utf-8"}
+    )
+    assert typed.status_code == 200
 
 
 # the other dialects

@@ -110,7 +110,7 @@ def _once(stream: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("name", names())
 async def test_posts_are_answered_as_recorded(client: httpx.AsyncClient, name: str) -> None:
     record = recorded(name)
-    headers = {"content-type": "text/plain" if name.endswith("text") else "application/json"}
+    headers = {"content-type": "application/json"}
     if name == "chat_request_id":
         headers["x-request-id"] = "lab-req-123"
     answer = await client.post(route(name), content=(WIRE / f"{name}.request.json").read_bytes(), headers=headers)

@@ -55,7 +55,7 @@ class Control:
         await self._answer(exchange, {"object": "list", "data": [card]})
 
     async def _tokenize(self, exchange: Exchange) -> None:
-        state, body = self._state, read_json(exchange.request.body)
+        state, body = self._state, read_json(exchange.request.body, exchange.request.header("content-type"))
         if "messages" in body:
             parts = chat_pieces((turn.get("role", "user"), str(turn.get("content", ""))) for turn in body["messages"])
         elif "prompt" in body:
@@ -69,7 +69,7 @@ class Control:
         await self._answer(exchange, {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": strings})
 
     async def _detokenize(self, exchange: Exchange) -> None:
-        body = read_json(exchange.request.body)
+        body = read_json(exchange.request.body, exchange.request.header("content-type"))
         if "tokens" not in body:
             raise missing(body, "tokens")
         await self._answer(exchange, {"prompt": "".join(self._state.vocabulary.decode(body["tokens"]))})

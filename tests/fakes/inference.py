@@ -102,7 +102,7 @@ class Inference:
     def _read(self, exchange: Exchange) -> tuple[Body, Faults]:
         """The body, and the faults that it, its model's name or the worker asks for. Raises Refusal."""
         standing = self._state.use_faults()
-        body = read_json(exchange.request.body)
+        body = read_json(exchange.request.body, exchange.request.header("content-type"))
         wanted = body.get("x_fault") or str(body.get("model") or self._state.model).partition("!")[2]
         if QUERY_OF_DEATH.encode() in exchange.request.body:
             wanted = QUERY_OF_DEATH

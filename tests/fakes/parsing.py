@@ -57,7 +57,7 @@ def _invalid(kind: str, where: str, message: str, value: object, context: Body |
     return _invalid_many(where, [error])
 
 
-def _invalid_many(where: str, errors: Sequence[object]) -> Refusal:
+def _invalid_many(where: str | None, errors: Sequence[object]) -> Refusal:
     label = "error" if len(errors) == 1 else "errors"
     text = "\n".join([f"{len(errors)} validation {label}:", *(f"  {error}" for error in errors)])
     return refusal(HTTPStatus.BAD_REQUEST, text, HTTPStatus.BAD_REQUEST.phrase, where)
@@ -103,8 +103,10 @@ class Job:
         return sum(len(prompt) for prompt in self.prompts)
 
 
-def read_json(raw: bytes) -> Body:
+def read_json(raw: bytes, content_type: str | None) -> Body:
     """The body as an object. Raises Refusal."""
+    if (content_type or "").partition(";")[0].strip().lower() != "application/json":
+        raise _invalid_many(None, ["Unsupported Media Type: Only 'application/json' is allowed"])
     if not raw:
         raise _invalid("missing", "body", "Field required", None)
     try:
