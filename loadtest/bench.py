@@ -24,6 +24,11 @@ TTFT_RATE = 200
 CHUNK_RATE = 6_000
 """Chunks per second of the open loop that measures added inter-token delay."""
 
+STREAM = ChatRequest(1_000, 64, stream=True)
+"""What a chunk's cost is measured with; the request's own cost, spread over its chunks, is in it."""
+STREAM_ITL_MS = 32.0
+STREAM_S = STREAM.tokens * STREAM_ITL_MS / 1e3
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -89,10 +94,12 @@ class Visit:
 
     async def load(self) -> None:
         """CPU and latency."""
+        # From few connections to many: the cost of some relays grows with the idle connections that earlier loads left.
         await self._try("1 KB prompts", self._chat_1k)
-        await self._try("streams", self._streams)
         await self._try("32 KB prompts", self._chat_32k)
         await self._try("1 MB prompts", self._chat_1m)
+        await self._try("streams", self._streams)
+        await self._try("streams in step", self._streams_in_step)
         await self._try("open-loop requests", self._added_ttft)
         await self._try("open-loop chunks", self._added_chunk_delay)
 
@@ -122,11 +129,31 @@ class Visit:
 
     async def _streams(self) -> None:
         """64 streams whose chunks fall due one by one, slowly enough that every chunk is a wake-up of its own."""
-        itl_ms, tokens = 32.0, 64
-        await self._pace(itl_ms=itl_ms)
-        stream = ChatRequest(1_000, tokens, stream=True)
-        window = await self._closed_loop(stream, connections=64, stagger_s=tokens * itl_ms / 1e3)
+        await self._pace(itl_ms=STREAM_ITL_MS)
+        window = await self._closed_loop(STREAM, connections=64, stagger_s=STREAM_S)
         self._findings.add(Figure.CPU_CHUNK, window.cpu_ns / window.tokens / 1e3)
+
+    async def _streams_in_step(self) -> None:
+        """64 streams that start together and tick together, as one engine's batch does; counted in whole rounds."""
+        rounds = max(1, round(self._plan.window_s / STREAM_S))
+        await self._pace(itl_ms=STREAM_ITL_MS)
+        await self._rounds(1)
+        spent_ns, tokens = await self._rounds(rounds)
+        self._findings.add(Figure.CPU_CHUNK_IN_STEP, spent_ns / tokens / 1e3)
+
+    async def _rounds(self, rounds: int) -> tuple[int, int]:
+        """CPU ns and content chunks of 64 connections that each carry `rounds` streams, from connecting to the end."""
+        before = read_cpu(self._pid)
+        async with closed_loop(self._site.address, STREAM, 64, limit=64 * rounds) as load:
+            try:
+                async with asyncio.timeout(rounds * STREAM_S + 30):
+                    await load.finished()
+            except TimeoutError:
+                raise LoadError(f"{rounds} rounds of streams took 30 s longer than {rounds * STREAM_S:g} s") from None
+            after = read_cpu(self._pid)
+            if load.failures:
+                raise LoadError(f"failures {dict(load.failures)}")
+        return cpu_between(before, after), load.tokens
 
     async def _closed_loop(self, request: ChatRequest, connections: int, stagger_s: float = 0.0) -> Window:
         async with closed_loop(self._site.address, request, connections, stagger_s) as load:

@@ -39,6 +39,11 @@ _WHOLE = (
     b'{"id":"chatcmpl-x","object":"chat.completion",' + _CREATED + b'"choices":[{"index":0,"message":{"role":'
     b'"assistant","content":"%%s"},"logprobs":null,"finish_reason":"stop"}]%%s}'
 )
+# For canaries only: one token, at once.
+_COMPLETION = (
+    b'{"id":"cmpl-x","object":"text_completion",' + _CREATED + b'"choices":[{"index":0,"text":"tok","logprobs":null,'
+    b'"finish_reason":"length","stop_reason":null}]%s}'
+)
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 )
@@ -91,6 +96,7 @@ class Worker:
     def __post_init__(self) -> None:
         self.chunk = _CHUNK % self.model.encode()
         self.whole = _WHOLE % self.model.encode()
+        self.completion = _COMPLETION % (self.model.encode(), _USAGE % (2, 1))
 
 
 def framed(data: bytes) -> bytes:
@@ -222,11 +228,13 @@ class Connection(asyncio.Protocol):
             self._get()
 
     def write(self, data: bytes) -> None:
-        self._transport.write(data)
+        # The loop tells of a lost connection one turn after it is gone; uvloop raises on a write in between.
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
     def reply(self, status: bytes, body: bytes, content_type: bytes = b"application/json") -> None:
         head = b"HTTP/1.1 %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n" % (status, content_type, len(body))
-        self._transport.write(head + body)
+        self.write(head + body)
 
     def _post(self, body: bytes) -> None:
         try:
@@ -236,6 +244,8 @@ class Connection(asyncio.Protocol):
             elif self._path == b"/v1/chat/completions":
                 self._answer = Answer(self._worker, self, msgspec.json.decode(body, type=ChatBody))
                 self._answer.begin()
+            elif self._path == b"/v1/completions":
+                self.reply(b"200 OK", self._worker.completion)
             elif self._path == b"/tokenize":
                 self.reply(b"200 OK", tokenized(body))
             else:

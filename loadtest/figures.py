@@ -9,7 +9,8 @@ class Figure(Enum):
     CPU_REQUEST_1K = ("CPU per request, 1 KB prompt", "µs", 0)
     CPU_REQUEST_32K = ("CPU per request, 32 KB prompt", "µs", 0)
     CPU_REQUEST_1M = ("CPU per request, 1 MB prompt", "µs", 0)
-    CPU_CHUNK = ("CPU per streamed chunk", "µs", 1)
+    CPU_CHUNK = ("CPU per streamed chunk, streams staggered", "µs", 1)
+    CPU_CHUNK_IN_STEP = ("CPU per streamed chunk, streams in step", "µs", 1)
     RATE_1K = ("requests/s, 1 KB prompt, 32 connections", "1/s", 0)
     BUSY_1K = ("target's CPU meanwhile", "% of a core", 0)
     ADDED_TTFT_P50 = ("added TTFT p50 at 200 requests/s", "ms", 2)
@@ -29,5 +30,5 @@ class Figure(Enum):
         self.digits = digits
 
 
-TARGET_RATIOS = {Figure.CPU_REQUEST_1K: 0.20, Figure.CPU_CHUNK: 0.30}
+TARGET_RATIOS = {Figure.CPU_REQUEST_1K: 0.20, Figure.CPU_CHUNK: 0.30, Figure.CPU_CHUNK_IN_STEP: 0.30}
 """What Sluice may cost at most, as a part of what the naive relay costs."""

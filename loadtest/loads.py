@@ -4,6 +4,7 @@ Each is bounded in connections and in time, and counts what went wrong instead o
 """
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
@@ -27,8 +28,12 @@ class ClosedLoop:
         failures: what else happened: another status, or `lost` for a connection that the target closed.
     """
 
-    def __init__(self, address: Address, request: ChatRequest) -> None:
+    def __init__(self, address: Address, request: ChatRequest, limit: int | None = None) -> None:
+        """At most `limit` requests are sent in all, without end if None."""
         self._address, self._request = address, request.encode(address)
+        self._remaining = math.inf if limit is None else limit
+        self._under_way = 0
+        self._done = asyncio.get_running_loop().create_future()
         self._connections: list[Connection] = []
         self._closing = False
         self.answers = 0
@@ -42,10 +47,15 @@ class ClosedLoop:
             await asyncio.sleep(max(0.0, begin + stagger_s * index / connections - time.monotonic()))
             connection = await connect(self, self._address)
             self._connections.append(connection)
-            connection.send(self._request, time.monotonic_ns())
+            self._send(connection, time.monotonic_ns())
+
+    async def finished(self) -> None:
+        """Wait until all requests up to the limit are answered or lost."""
+        await asyncio.shield(self._done)
 
     def close(self) -> None:
         self._closing = True
+        self._done.cancel()
         for connection in self._connections:
             connection.abort()
 
@@ -57,20 +67,35 @@ class ClosedLoop:
             self.answers += 1
         else:
             self.failures[str(status)] += 1
+        self._under_way -= 1
         if connection.reusable and not self._closing:
-            connection.send(self._request, now_ns)
+            self._send(connection, now_ns)
 
     def on_lost(self, connection: Connection) -> None:
-        if not self._closing:
-            self.failures["lost"] += 1
+        if self._closing:
+            return
+        self.failures["lost"] += 1
+        self._under_way -= connection.busy
+        self._finish_when_empty()
+
+    def _send(self, connection: Connection, now_ns: int) -> None:
+        if self._remaining:
+            self._remaining -= 1
+            self._under_way += 1
+            connection.send(self._request, now_ns)
+        self._finish_when_empty()
+
+    def _finish_when_empty(self) -> None:
+        if not self._under_way and not self._done.done():
+            self._done.set_result(None)
 
 
 @asynccontextmanager
 async def closed_loop(
-    address: Address, request: ChatRequest, connections: int, stagger_s: float = 0.0
+    address: Address, request: ChatRequest, connections: int, stagger_s: float = 0.0, limit: int | None = None
 ) -> AsyncIterator[ClosedLoop]:
-    """Keep `connections` exchanges going for as long as the block runs."""
-    load = ClosedLoop(address, request)
+    """Keep `connections` exchanges going until `limit` requests are sent, or the block ends."""
+    load = ClosedLoop(address, request, limit)
     try:
         await load.start(connections, stagger_s)
         yield load

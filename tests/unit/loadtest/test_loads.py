@@ -57,6 +57,13 @@ async def test_a_closed_loop_leaves_nothing_running() -> None:
         assert load.failures == {}
 
 
+async def test_a_closed_loop_ends_at_its_limit() -> None:
+    async with serving() as (worker, address), closed_loop(address, STREAM, connections=3, limit=7) as load:
+        async with asyncio.timeout(10):
+            await load.finished()
+        assert (load.answers, load.tokens, worker.served) == (7, 28, 7)
+
+
 async def test_a_closed_loop_tells_what_failed() -> None:
     broken = ChatRequest(100, tokens="many", stream=False)  # type: ignore[arg-type]
     async with serving() as (_, address), closed_loop(address, broken, connections=1) as load:
@@ -122,6 +129,12 @@ async def test_the_worker_streams_in_the_order_of_vllm() -> None:
     ]
     assert [mark in event for mark, event in zip(marks, events, strict=False)] == [True] * 6
     assert events[6:] == [""]
+
+
+async def test_the_worker_answers_a_canary() -> None:
+    async with serving() as (_, address), httpx.AsyncClient(base_url=address.url) as client:
+        answer = await client.post("/v1/completions", json={"model": "m", "prompt": "1", "max_tokens": 1})
+    assert answer.json()["choices"][0]["text"] == "tok"
 
 
 async def test_the_worker_answers_unknown_routes_as_vllm_does() -> None:

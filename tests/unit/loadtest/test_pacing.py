@@ -51,3 +51,15 @@ async def test_what_is_past_fires_at_once() -> None:
         pacer.at(0, lambda: done.set_result(None))
         async with asyncio.timeout(5):
             await done
+
+
+async def test_a_callback_that_raises_does_not_stop_the_clock() -> None:
+    loop = asyncio.get_running_loop()
+    told, done = loop.create_future(), loop.create_future()
+    loop.set_exception_handler(lambda _, context: told.set_result(context["exception"]))
+    with Pacer(loop) as pacer:
+        pacer.at(0, partial(divmod, 1, 0))
+        pacer.at(time.monotonic_ns() + 1_000_000, partial(done.set_result, None))
+        async with asyncio.timeout(5):
+            await done
+    assert isinstance(await told, ZeroDivisionError)
