@@ -1,7 +1,7 @@
 """Virtual environments: vLLM, llm-compressor and the gateway want different versions of the same libraries.
 
-Also runs as `python -m app.launcher.environments PYTHON LOCK`, which installs a lock into an environment that exists;
-the Makefile makes the gateway's own environment with it. Only the standard library is needed for that.
+Also runs as `python -m app.launcher.environments PYTHON LOCK PROJECT`, which installs a lock and the project itself into
+an environment that exists; the Makefile makes the gateway's own with it. Only the standard library is needed for that.
 """
 
 from __future__ import annotations
@@ -137,10 +137,11 @@ class Installer:
         options = ("--no-deps", "--require-hashes", *self._sources.arguments())
         self._uv(run, "pip", "install", *where, *options, "-r", lock)
 
-    def install_lock(self, python: Path, lock: Path, run: Run) -> None:
-        """A lock with hashes, into an environment that exists."""
-        options = ("--require-hashes", *self._sources.arguments())
-        self._uv(run, "pip", "install", "--python", str(python), *options, "-r", str(lock))
+    def install_project(self, python: Path, lock: Path, project: Path, run: Run) -> None:
+        """A lock with hashes, and the project as editable, into an environment that exists."""
+        install = ("pip", "install", "--python", str(python), *self._sources.arguments())
+        self._uv(run, *install, "--require-hashes", "-r", str(lock))
+        self._uv(run, *install, "--no-deps", "--editable", str(project))
 
     def _install(self, python: Path, environment: Environment, run: Run) -> None:
         # Compiled ahead: vLLM imports some thousand modules in each of its three processes, and where Python may not
@@ -190,9 +191,9 @@ def _run_in_the_open(command: list[str], environ: Mapping[str, str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    python, lock = (Path(argument) for argument in arguments)
+    python, lock, project = (Path(argument) for argument in arguments)
     try:
-        Installer(read_sources(), lock.parent, find_uv()).install_lock(python, lock, _run_in_the_open)
+        Installer(read_sources(), lock.parent, find_uv()).install_project(python, lock, project, _run_in_the_open)
     except LaunchError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
