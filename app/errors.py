@@ -16,6 +16,7 @@
         ├── RequestTooLarge         413 request_too_large
         ├── UnsupportedMediaType    415 unsupported_media_type
         ├── InternalError           500 internal_error
+        ├── RequestQuarantined      500 request_quarantined
         ├── WorkerLost              502 worker_lost
         ├── UpstreamBadResponse     502 upstream_bad_response
         ├── Overloaded              503 overloaded
@@ -168,6 +169,13 @@ class UnsupportedMediaType(InvalidRequest):
 
 class InternalError(GatewayError):
     """A bug of ours. The client learns the request id and nothing else."""
+
+
+class RequestQuarantined(GatewayError):
+    """Two workers died while they held this request: it is not given to a third."""
+
+    code = "request_quarantined"
+    should_retry = False
 
 
 class WorkerLost(GatewayError):

@@ -38,7 +38,7 @@ class Gateway:
             variants = self._catalogue.resolve(request.model)
             request.resolved_model = variants[0].model
             ranking = router.rank(self._registry.pool(variants))
-            candidates = tuple(candidate.worker_id for candidate in ranking)
+            candidates = self._relay.screen(request, tuple(candidate.worker_id for candidate in ranking))
             lease = held.enter_context(await self._admission.admit(Ticket(request.id, request.band, candidates)))
             answer = held.enter_context(await self._relay.open(request, lease, candidates, account))
             return Reply(answer, lease, self._registry[lease.worker_id].variant, held.pop_all())

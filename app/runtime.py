@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from app.admission.local import LocalAdmission
+from app.admission.ticket import Admission
 from app.catalogue import Catalogue
 from app.gateway import Gateway
 from app.inference import Band
 from app.relay.relay import Relay
-from app.settings import Settings
+from app.settings import Health, Settings
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_log
 from app.telemetry.metrics import Metrics, open_metrics
+from app.workers.capacity import open_slots
 from app.workers.monitor import Monitor
 from app.workers.registry import Registry
 from app.workers.worker import State, Worker
@@ -47,27 +49,50 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     catalogue = Catalogue.of(settings.models)
     registry = Registry(catalogue, log)
     admission = LocalAdmission(settings.admission)
-    registry.listen(lambda worker: admission.set_slots(worker.id, worker.address.slots if worker.is_ready else 0))
+    capacity = Capacity(admission, settings.health, clock)
+    registry.listen(capacity.offer)
     relay = Relay(registry, settings.relay, metrics, clock)
     accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
     gateway = Gateway(catalogue, registry, admission, relay, accounts)
-    gauges = Gauges(metrics, registry, admission)
+    gauges = Gauges(metrics, registry, admission, capacity)
+    monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=admission.held)
     runtime = Runtime(settings, catalogue, registry, gateway, gauges, metrics, log, started=time.time())
     try:
-        async with Monitor(registry, settings.health).running(), gauges.refreshed():
+        async with monitor.running(), gauges.refreshed():
             yield runtime
     finally:
         relay.close()
         metrics.close()
 
 
+class Capacity:
+    """Tells the admission how many slots each worker has, whenever that changes."""
+
+    def __init__(self, admission: Admission, rules: Health, clock: Callable[[], float]) -> None:
+        self._admission = admission
+        self._rules = rules
+        self._clock = clock
+        self._offered: dict[str, tuple[int, bool]] = {}
+
+    def offer(self, worker: Worker) -> None:
+        offered = (open_slots(worker, self._clock(), self._rules), worker.condition.serves)
+        if self._offered.get(worker.id) != offered:
+            self._offered[worker.id] = offered
+            self._admission.set_slots(worker.id, offered[0], is_served=offered[1])
+
+    def slots(self, worker: Worker) -> int:
+        """The slots that were offered last."""
+        return self._offered.get(worker.id, (0, False))[0]
+
+
 class Gauges:
     """Writes what stands still between events: slots, queue, states of workers."""
 
-    def __init__(self, metrics: Metrics, registry: Registry, admission: LocalAdmission) -> None:
+    def __init__(self, metrics: Metrics, registry: Registry, admission: LocalAdmission, capacity: Capacity) -> None:
         self._metrics = metrics
         self._registry = registry
         self._admission = admission
+        self._capacity = capacity
 
     def write(self) -> None:
         for band in Band:
@@ -77,7 +102,7 @@ class Gauges:
 
     def _write_worker(self, worker: Worker) -> None:
         self._metrics.slots_held.labels(worker.id).set(self._admission.held(worker.id))
-        self._metrics.slots_capacity.labels(worker.id).set(worker.address.slots if worker.is_ready else 0)
+        self._metrics.slots_capacity.labels(worker.id).set(self._capacity.slots(worker))
         for state in State:
             is_in = worker.condition.state is state
             self._metrics.worker_state.labels(worker.id, worker.variant.public_name, state).set(is_in)

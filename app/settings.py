@@ -128,6 +128,16 @@ class Relay(Part):
     client_stall_timeout_s: float = Field(30, gt=0, le=3600, description="longest time a client may not read")
     idle_connections_per_worker: int = Field(256, ge=0, le=65536)
     keepalive_s: float = Field(4, gt=0, le=300, description="below the worker's own keep-alive, vLLM's default is 5 s")
+    stalled_gap_timeout_s: float = Field(
+        10, gt=0, le=3600, description="longest silence inside a stream of a worker that stalls"
+    )
+    retry_share: float = Field(0.2, ge=0, le=1, description="second attempts, as a share of a pool's requests")
+    retries_per_s: float = Field(10, ge=0, le=1000, description="second attempts of a pool that are free of that share")
+    failures_until_ejected: int = Field(3, ge=1, le=100, description="failed attempts in a row")
+    ejection_s: float = Field(10, gt=0, le=3600, description="the first; each one that follows soon is twice as long")
+    ejection_max_s: float = Field(300, gt=0, le=86400)
+    rest_max_s: float = Field(10, gt=0, le=300, description="longest rest of a worker that says it is full")
+    quarantine_s: float = Field(600, gt=0, le=86400, description="how long a request that kills workers is refused")
 
 
 class Limits(Part):
@@ -144,6 +154,12 @@ class Health(Part):
     probe_timeout_s: float = Field(1, gt=0, le=60)
     probe_misses: int = Field(3, ge=1, le=100, description="failed probes in a row before a worker is left")
     canary_timeout_s: float = Field(60, gt=0, le=600, description="longest wait for the one token that proves a worker")
+    progress_timeout_s: float = Field(
+        30, gt=0, le=3600, description="a worker at work that is silent for so long is asked for a token"
+    )
+    progress_canary_timeout_s: float = Field(10, gt=0, le=600, description="longest wait for that token")
+    slow_start_s: float = Field(10, ge=0, le=600, description="a worker that returns has all its slots after this time")
+    kv_usage_max: float = Field(0.95, gt=0, le=1, description="share of the KV cache above which no new work is sent")
 
 
 class Logs(Part):

@@ -21,6 +21,7 @@ from app.inference import Band, TokenUsage
 @dataclass(slots=True)
 class _Slots:
     capacity: int = 0
+    is_served: bool = False
     leases: set[LocalLease] = field(default_factory=set)
 
     @property
@@ -79,8 +80,10 @@ class LocalAdmission:
         """Slots of the worker that are held."""
         return len(self._slots[worker_id].leases) if worker_id in self._slots else 0
 
-    def set_slots(self, worker_id: str, slots: int) -> None:
-        self._slots.setdefault(worker_id, _Slots()).capacity = slots
+    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None) -> None:
+        known = self._slots.setdefault(worker_id, _Slots())
+        known.capacity = slots
+        known.is_served = slots > 0 if is_served is None else is_served
         self._grant(worker_id)
 
     async def admit(self, ticket: Ticket) -> LocalLease:
@@ -116,7 +119,9 @@ class LocalAdmission:
         queue = self._queues[waiting.ticket.band]
         (queue.appendleft if ahead else queue.append)(waiting)
         try:
-            async with asyncio.timeout_at(min(arrived + self._patience_s(waiting.ticket), waiting.ticket.deadline)):
+            # A lease that moves waits on: its patience is for all of its waits together.
+            patient_until = arrived + self._patience_s(waiting.ticket) - waiting.lease.waited_s
+            async with asyncio.timeout_at(min(patient_until, waiting.ticket.deadline)):
                 await waiting.granted
         except TimeoutError:
             self.give_back(waiting.lease)
@@ -138,7 +143,7 @@ class LocalAdmission:
         return NoHealthyWorker("No worker of this model is ready. Please try again later.", retry_after_s=5)
 
     def _is_served(self, ticket: Ticket) -> bool:
-        return any(self._slots[worker_id].capacity for worker_id in ticket.candidates if worker_id in self._slots)
+        return any(self._slots[worker_id].is_served for worker_id in ticket.candidates if worker_id in self._slots)
 
     def _grant(self, worker_id: str) -> None:
         """Hand out the free slots of `worker_id`: highest band first, then in order of arrival."""

@@ -57,5 +57,9 @@ class Admission(Protocol):
         Raises Overloaded (no room to wait), QueueTimeout (waited too long), NoHealthyWorker.
         """
 
-    def set_slots(self, worker_id: str, slots: int) -> None:
-        """`worker_id` has `slots` from now on; 0 while it is not ready."""
+    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None) -> None:
+        """`worker_id` has `slots` from now on; 0 while it must get no new work.
+
+        `is_served` tells whether tickets may wait for it with all their patience: by default when it has slots, and
+        also while a worker that is full for the moment has none.
+        """

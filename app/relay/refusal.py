@@ -24,10 +24,22 @@ class Fault(StrEnum):
     SATURATED = "saturated"
     """It says that it is full: back-pressure, not a failure."""
     BROKE = "broke"
-    """It failed, or was lost, before the first byte."""
+    """It said, before the first byte, that it failed."""
+    LOST = "lost"
+    """Its connection was lost before the first byte: it may have died, and of this request."""
     GARBAGE = "garbage"
     """It answered with something that is no answer: not tried again, the next one would see the same request."""
     TIMEOUT = "timeout"
+    """It did not answer in time; what it spent on it would be spent again."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether trying elsewhere costs no worker anything."""
+        return self is Fault.REFUSED or self is Fault.SATURATED
+
+    @property
+    def is_final(self) -> bool:
+        return self is Fault.GARBAGE or self is Fault.TIMEOUT
 
 
 class AttemptFailed(Exception):

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Protocol, Self
 
 import msgspec
 
-from app.errors import GatewayError, UpstreamBadResponse, WorkerLost
+from app.errors import GatewayError, RequestQuarantined, UpstreamBadResponse, WorkerLost
 from app.inference import InferenceRequest, TokenUsage
 from app.relay.answer import JSON_TYPE, SSE_TYPE, Answer, StreamedAnswer, WholeAnswer
 from app.relay.dialect import usage_of_answer
+from app.relay.quarantine import Fingerprint, Quarantine, cell_of
 from app.relay.refusal import AttemptFailed, Fault, refusal
+from app.relay.retry_budget import RetryBudget
 from app.relay.upstream import ConnectFailed, Connection, Header, Upstream
 from app.settings import Relay as Limits
 from app.telemetry.account import Account
 from app.telemetry.metrics import Metrics
 from app.workers import worker as transitions
 from app.workers.registry import Registry
-from app.workers.worker import Worker
+from app.workers.worker import State, Worker
 
 WHOLE_ANSWER_MAX_BYTES = 8 * 1024 * 1024
+MOST_ATTEMPTS = 100
+"""Far above what rests and refusals leave room for within a request's patience: a bound, never a policy."""
+MOST_CASUALTIES = 1024
+DYING_S = 10.0
+"""How long after its connection was lost a request is a suspect, when its worker then turns out to be dead."""
+TENANT = "anonymous"
+"""Whose requests all are, as long as there are no tenants."""
 
 
 class Slot(Protocol):
@@ -37,37 +48,58 @@ class Slot(Protocol):
 
 
 class Relay:
-    """Owns the connections to all workers."""
+    """Owns the connections to all workers, and learns from what happens on them."""
 
     def __init__(self, registry: Registry, limits: Limits, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._registry = registry
+        self._limits = limits
         self._metrics = metrics
         self._clock = clock
-        self._upstreams = {worker.id: Upstream(worker.address, limits) for worker in registry}
+        self._upstreams = {worker.id: Upstream(worker.address, limits, worker.progress) for worker in registry}
+        self._budgets = {
+            worker.variant.public_name: RetryBudget(limits.retry_share, limits.retries_per_s) for worker in registry
+        }
+        self._quarantine = Quarantine(limits.quarantine_s)
+        self._casualties: dict[str, deque[tuple[float, Fingerprint]]] = {
+            worker.id: deque(maxlen=MOST_CASUALTIES) for worker in registry
+        }
+        registry.listen(self._on_state)
+
+    def screen(self, request: InferenceRequest, candidates: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `candidates` that may get `request`. Raises RequestQuarantined."""
+        if not self._quarantine:
+            return candidates
+        self._refuse_quarantined(request)
+        return (cell_of(TENANT, candidates),) if self._quarantine.confines(TENANT, self._clock()) else candidates
 
     async def open(
         self, request: InferenceRequest, slot: Slot, candidates: tuple[str, ...], account: Account
     ) -> Answer:
         """The worker's answer to `request`, from its first body byte on.
 
-        Tries another slot once if the first attempt fails before that byte, and once for each worker that could not
-        even be reached. Raises GatewayError.
+        What failed before that byte is tried once more if the pool's retry budget has room. A worker that could not be
+        reached, or that is full, did no work: then it is tried elsewhere for free. Raises GatewayError.
         """
-        failures = 0
-        for _ in range(len(candidates) + 1):
+        retried = False
+        for attempt in range(MOST_ATTEMPTS):
             worker = self._registry[slot.worker_id]
+            budget = self._budgets[worker.variant.public_name]
+            if not attempt:
+                budget.request(self._clock())
             account.admitted(worker.variant.name, slot.waited_s)
             try:
                 return await self._attempt(request, worker, account)
-            except AttemptFailed as failure:
-                self._note(worker, failure)
-                failures += failure.fault is not Fault.REFUSED
-                if failures > 1 or failure.fault in (Fault.GARBAGE, Fault.TIMEOUT):
-                    raise failure.error from None
-                last = failure.error
-                self._metrics.retries.labels(failure.fault).inc()
-            await slot.move((*(other for other in candidates if other != worker.id), worker.id))
-        raise last
+            except AttemptFailed as error:
+                failure = error
+            await self._note(worker, failure)
+            self._refuse_quarantined(request)
+            if not failure.fault.is_free:
+                if retried or failure.fault.is_final or not budget.take(self._clock()):
+                    raise failure.error
+                retried = True
+            self._metrics.retries.labels(failure.fault).inc()
+            await slot.move(self._elsewhere(candidates, worker, failure.fault))
+        raise failure.error
 
     def close(self) -> None:
         for upstream in self._upstreams.values():
@@ -75,9 +107,10 @@ class Relay:
 
     async def _attempt(self, request: InferenceRequest, worker: Worker, account: Account) -> Answer:
         with ExitStack() as held:
-            held.enter_context(_carried_by(worker))
+            sent = self._clock()
+            attempt = held.enter_context(_Attempt(self, request, worker, sent))
             body = request.body_for(worker.address.served_model)
-            account.dispatched(self._clock())
+            account.dispatched(sent)
             try:
                 exchange = held.enter_context(
                     await self._upstreams[worker.id].send(request.route, _headers(request), body)
@@ -86,10 +119,12 @@ class Relay:
                 raise AttemptFailed(
                     Fault.REFUSED, WorkerLost(f"No worker could be reached: {error}", retry_after_s=1)
                 ) from None
-            connection = exchange.connection
+            connection = attempt.connection = exchange.connection
             begun = await self._first_bytes(request, connection)
-            account.first_byte(self._clock())
-            self._registry.change(worker, transitions.succeeded(worker.condition))
+            attempt.has_begun = True
+            now = self._clock()
+            account.first_byte(now)
+            worker.took(now - sent)
             if request.stream and connection.headers[b"content-type"].startswith(SSE_TYPE):
                 return StreamedAnswer(held.pop_all(), connection, begun, request, account, self._clock)
             account.usage = _usage_of(begun)
@@ -106,7 +141,7 @@ class Relay:
             raise AttemptFailed(Fault.GARBAGE, error) from None
         except WorkerLost as error:
             error.retry_after_s = 1
-            raise AttemptFailed(Fault.BROKE, error) from None
+            raise AttemptFailed(Fault.LOST, error) from None
         except GatewayError as error:
             raise AttemptFailed(Fault.TIMEOUT, error) from None
         if connection.status != 200:
@@ -121,22 +156,98 @@ class Relay:
             raise AttemptFailed(Fault.GARBAGE, UpstreamBadResponse("The worker's answer is not JSON."))
         return body
 
-    def _note(self, worker: Worker, failure: AttemptFailed) -> None:
-        """Let the registry know what the failure says about the worker. Back-pressure says nothing."""
-        condition = worker.condition
+    async def _note(self, worker: Worker, failure: AttemptFailed) -> None:
+        """Let the registry know what the failure says about the worker. Back-pressure says nothing against it."""
+        reason = failure.error.message
         if failure.fault is Fault.REFUSED:
-            self._registry.change(worker, transitions.refused(condition, failure.error.message))
-        elif failure.fault is not Fault.SATURATED:
-            self._registry.change(worker, transitions.failed(condition, failure.error.message))
+            self._registry.change(worker, transitions.refused(worker.condition, reason))
+        elif failure.fault is Fault.SATURATED:
+            rest_s = min(failure.error.retry_after_s or 1.0, self._limits.rest_max_s)
+            self._registry.change(worker, transitions.saturated(worker.condition, self._clock(), rest_s))
+        else:
+            self._failed(worker, reason)
+            if failure.fault is Fault.LOST and await self._upstreams[worker.id].refuses():
+                self._registry.change(worker, transitions.refused(worker.condition, "it died at work"))
+
+    def _failed(self, worker: Worker, reason: str) -> None:
+        worker.took(transitions.FAILURE_LATENCY_S)
+        is_allowed = transitions.may_eject(self._registry.pool((worker.variant,)))
+        self._registry.change(
+            worker,
+            transitions.failed(worker.condition, reason, self._clock(), self._limits, may_eject=is_allowed),
+        )
+
+    def _elsewhere(self, candidates: tuple[str, ...], worker: Worker, fault: Fault) -> tuple[str, ...]:
+        """Where to try again: on the same worker only if it has to be, or if all that it needed was a rest."""
+        others = tuple(other for other in candidates if other != worker.id)
+        if fault is not Fault.SATURATED and any(self._registry[other].condition.serves for other in others):
+            return others
+        return (*others, worker.id)
+
+    def left(self, attempt: _Attempt) -> None:
+        """The exchange of an attempt is over, and its connection was given back."""
+        worker, connection = attempt.worker, attempt.connection
+        if connection is None:
+            return
+        failure = connection.failure
+        if isinstance(failure, WorkerLost):
+            self._casualties[worker.id].append((self._clock(), _fingerprint(attempt.request)))
+            if worker.condition.state is State.LOST:
+                self._blame(worker)
+        if not attempt.has_begun:
+            return
+        if failure is not None:
+            self._failed(worker, failure.message)
+        elif connection.is_complete and worker.condition.failures:
+            self._registry.change(worker, transitions.succeeded(worker.condition))
+
+    def _on_state(self, worker: Worker) -> None:
+        if worker.condition.state is State.STALLED:
+            self._upstreams[worker.id].give_up(self._limits.stalled_gap_timeout_s)
+        elif worker.condition.state is State.LOST:
+            self._blame(worker)
+
+    def _blame(self, worker: Worker) -> None:
+        """The worker is dead: what it just held is suspect of having killed it."""
+        casualties, now = self._casualties[worker.id], self._clock()
+        while casualties:
+            lost, fingerprint = casualties.popleft()
+            if now - lost <= DYING_S:
+                self._quarantine.blame(fingerprint, now)
+
+    def _refuse_quarantined(self, request: InferenceRequest) -> None:
+        if self._quarantine and self._quarantine.holds(_fingerprint(request), self._clock()):
+            raise RequestQuarantined("Workers died while they held this request; it is not tried again.")
 
 
-@contextmanager
-def _carried_by(worker: Worker) -> Iterator[None]:
-    worker.in_flight += 1
-    try:
-        yield
-    finally:
-        worker.in_flight -= 1
+class _Attempt:
+    """One attempt on one worker, entered before it is dispatched and left when its answer is."""
+
+    __slots__ = ("_relay", "_sent", "connection", "has_begun", "request", "worker")
+
+    def __init__(self, relay: Relay, request: InferenceRequest, worker: Worker, sent: float) -> None:
+        self._relay = relay
+        self._sent = sent
+        self.request = request
+        self.worker = worker
+        self.connection: Connection | None = None
+        self.has_begun = False
+
+    def __enter__(self) -> Self:
+        if not self.worker.in_flight:  # a worker without work is silent because of that
+            self.worker.progress.heard = self._sent
+        self.worker.in_flight += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.worker.in_flight -= 1
+        self._relay.left(self)
+
+
+def _fingerprint(request: InferenceRequest) -> Fingerprint:
+    return Fingerprint.of(TENANT, request.fields)
 
 
 async def _begun_stream(connection: Connection) -> bytes:

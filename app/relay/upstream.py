@@ -18,6 +18,7 @@ import httptools
 from app.catalogue import WorkerAddress
 from app.errors import GatewayError, UpstreamBadResponse, UpstreamStalled, UpstreamTimeout, WorkerLost
 from app.settings import Relay as Limits
+from app.workers.worker import Progress
 
 BUFFER_MAX_BYTES = 64 * 1024
 HEAD_MAX_BYTES = 64 * 1024
@@ -32,9 +33,10 @@ class ConnectFailed(Exception):
 class Connection(asyncio.Protocol):
     """One connection to a worker; carries one exchange at a time. None of its callbacks waits."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits, progress: Progress) -> None:
         self._loop = loop
         self._limits = limits
+        self._progress = progress
         self._longest_sleep_s = min(limits.first_byte_timeout_s, limits.gap_timeout_s, limits.total_timeout_s)
         self._transport: asyncio.Transport = cast("asyncio.Transport", None)  # set before any other callback
         self._parser = httptools.HttpResponseParser(self)
@@ -50,6 +52,7 @@ class Connection(asyncio.Protocol):
         self._buffered = 0
         self._paused = False
         self._error: GatewayError | None = None
+        self._gap_timeout_s = self._limits.gap_timeout_s
         self._head_bytes = 0
         self._answered = False
         self.status = 0
@@ -64,6 +67,11 @@ class Connection(asyncio.Protocol):
     def buffered_bytes(self) -> int:
         """Body bytes that wait to be read; the worker is not read from while they are more than BUFFER_MAX_BYTES."""
         return self._buffered
+
+    @property
+    def failure(self) -> GatewayError | None:
+        """What broke the latest exchange; None for one that ended well, or that the relay itself gave up."""
+        return self._error
 
     def start(self, head: bytes, body: bytes) -> None:
         """Send a request. The connection must be idle."""
@@ -108,6 +116,17 @@ class Connection(asyncio.Protocol):
         self.is_open = False
         self._transport.abort()
 
+    def give_up(self, gap_timeout_s: float) -> None:
+        """The worker stalls: end an exchange that it has not begun to answer, be less patient with any other."""
+        if not self.has_body_begun:
+            self._break(WorkerLost("The worker does not answer any more."))
+            return
+        self._gap_timeout_s = min(self._gap_timeout_s, gap_timeout_s)
+        self._since = self._loop.time()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(min(self._gap_timeout_s, self._longest_sleep_s), self._check_time)
+
     async def _wait(self) -> None:
         if self._error is not None:
             raise self._error
@@ -132,10 +151,12 @@ class Connection(asyncio.Protocol):
         """Enforce the limits. One timer an exchange, moved when it fires: cheaper than one for each chunk.
 
         Time counts only while the relay waits for the worker; a client that reads slowly is not the worker's fault.
+        Headers are no byte of the answer: vLLM sends those of a stream before the request has a place in its engine.
         """
         now = self._loop.time()
-        limit = self._limits.gap_timeout_s if self.has_body_begun else self._limits.first_byte_timeout_s
-        waited = now - self._since if self._waiter is not None else 0.0
+        limit = self._gap_timeout_s if self.has_body_begun else self._limits.first_byte_timeout_s
+        since = self._since if self.has_body_begun else self._started
+        waited = now - since if self._waiter is not None else 0.0
         if now - self._started >= self._limits.total_timeout_s:
             self._break(UpstreamStalled("The answer took longer than a whole answer may."))
         elif waited < limit:
@@ -154,7 +175,7 @@ class Connection(asyncio.Protocol):
         if not self._busy or self.is_complete:  # bytes that nobody asked for: this connection is out of step
             self.abort()
             return
-        self._since = self._loop.time()
+        self._since = self._progress.heard = self._loop.time()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -217,16 +238,17 @@ class Exchange:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.connection.finish():
-            self.upstream.keep(self.connection)
+        self.upstream.end(self.connection)
 
 
 class Upstream:
     """The connections to one worker: opened on demand, kept while idle, closed before the worker would close them."""
 
-    def __init__(self, address: WorkerAddress, limits: Limits) -> None:
+    def __init__(self, address: WorkerAddress, limits: Limits, progress: Progress | None = None) -> None:
         self._address = address
         self._limits = limits
+        self._progress = progress or Progress()
+        self._carrying: set[Connection] = set()
         self._idle: deque[Connection] = deque()
         self._sweep: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -243,7 +265,28 @@ class Upstream:
             lines,
         )
         connection.start(head, body)
+        self._carrying.add(connection)
         return Exchange(connection, self)
+
+    def end(self, connection: Connection) -> None:
+        """An exchange is over, well or not."""
+        self._carrying.discard(connection)
+        if connection.finish():
+            self.keep(connection)
+
+    def give_up(self, gap_timeout_s: float) -> None:
+        """The worker stalls: break what it has not begun to answer; streams may be silent for so long from now on."""
+        for connection in tuple(self._carrying):
+            connection.give_up(gap_timeout_s)
+
+    async def refuses(self) -> bool:
+        """Whether nothing listens there any more. A connection that succeeds is kept for the next exchange."""
+        try:
+            connection = await self._connect()
+        except ConnectFailed as error:
+            return isinstance(error.__cause__, ConnectionRefusedError)
+        self.keep(connection)
+        return False
 
     def keep(self, connection: Connection) -> None:
         """Take back a connection that may carry another exchange."""
@@ -275,12 +318,12 @@ class Upstream:
         try:
             async with asyncio.timeout(self._limits.connect_timeout_s):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(loop, self._limits), self._address.host, self._address.port
+                    lambda: Connection(loop, self._limits, self._progress), self._address.host, self._address.port
                 )
         except TimeoutError:
             raise ConnectFailed(f"no connection within {self._limits.connect_timeout_s} s") from None
         except OSError as error:
-            raise ConnectFailed(error.strerror or str(error)) from None
+            raise ConnectFailed(error.strerror or str(error)) from error
         return connection
 
     def _close_stale(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -12,12 +13,15 @@ import httpx
 from app.inference import Route
 from app.settings import Health
 from app.workers import worker as transitions
+from app.workers.capacity import is_ramping, strangers_in
 from app.workers.registry import Registry
 from app.workers.vllm_metrics import parse_engine_load
 from app.workers.worker import State, Worker
 
 METRICS_MAX_BYTES = 4 * 1024 * 1024
 REASON_CHARS = 300
+RAMP_STEPS = 10
+RETURN_INTERVAL_S = 1.0
 # The least work that proves a model, by its kind: a generating, an embedding, a scoring one. It offers one of them.
 CANARIES: tuple[tuple[Route, dict[str, Any]], ...] = (
     (Route.COMPLETIONS, {"prompt": "1", "max_tokens": 1}),
@@ -31,11 +35,25 @@ class NotProven(Exception):
 
 
 class Monitor:
-    """Watches each worker in a task of its own, so that a slow one delays nobody."""
+    """Watches each worker in a task of its own, so that a slow one delays nobody.
 
-    def __init__(self, registry: Registry, settings: Health) -> None:
+    `offer` is told of a worker after each look at it; `held` answers how many of its slots are held.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Health,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        offer: Callable[[Worker], None] = lambda worker: None,
+        held: Callable[[str], int] | None = None,
+    ) -> None:
         self._registry = registry
         self._settings = settings
+        self._clock = clock
+        self._offer = offer
+        self._held = held
         self._due: dict[str, asyncio.Event] = {worker.id: asyncio.Event() for worker in registry}
         registry.listen(self._look_again)
 
@@ -60,25 +78,43 @@ class Monitor:
     async def _watch(self, client: httpx.AsyncClient, worker: Worker) -> None:
         due = self._due[worker.id]
         while True:
-            await self._round(client, worker)
             due.clear()
+            self._change(worker, transitions.elapsed(worker.condition, self._clock()))
+            await self._round(client, worker)
+            worker.fade()
+            self._offer(worker)
             try:
-                async with asyncio.timeout(self._settings.probe_interval_s):
+                async with asyncio.timeout(self._pause_s(worker)):
                     await due.wait()
             except TimeoutError:
                 continue
+
+    def _pause_s(self, worker: Worker) -> float:
+        """Until the next look: sooner where something is about to change."""
+        interval, now = self._settings.probe_interval_s, self._clock()
+        condition = worker.condition
+        if now < condition.until:
+            return min(interval, condition.until - now)
+        if is_ramping(condition, now, self._settings.slow_start_s):
+            return min(interval, self._settings.slow_start_s / RAMP_STEPS)
+        return interval if condition.serves else min(interval, RETURN_INTERVAL_S)
 
     async def _round(self, client: httpx.AsyncClient, worker: Worker) -> None:
         """One look at one worker. Never raises: whatever a worker answers, it is watched on."""
         try:
             await self._probe(client, worker)
-            if worker.condition.state is not State.READY:
+            if worker.condition.state is State.UNPROVEN:
                 await self._prove(client, worker)
             await self._read_load(client, worker)
+            if self._is_silent(worker):
+                await self._suspect(client, worker)
         except NotProven as error:
             self._change(worker, transitions.unproven(worker.condition, str(error)))
+        except httpx.ConnectError as error:
+            self._change(worker, transitions.refused(worker.condition, str(error)[:REASON_CHARS]))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
+            worker.load = None
             self._change(
                 worker, transitions.missed(worker.condition, reason[:REASON_CHARS], self._settings.probe_misses)
             )
@@ -86,6 +122,20 @@ class Monitor:
     def _change(self, worker: Worker, condition: transitions.Condition) -> None:
         self._registry.change(worker, condition)
         self._due[worker.id].clear()
+
+    def _is_silent(self, worker: Worker) -> bool:
+        """Whether it holds work of ours and nothing was heard of its engine for too long."""
+        silent_s = self._clock() - worker.progress.heard
+        return worker.condition.serves and worker.in_flight > 0 and silent_s >= self._settings.progress_timeout_s
+
+    async def _suspect(self, client: httpx.AsyncClient, worker: Worker) -> None:
+        """Ask a silent worker for one token: `/health` stays 200 while an engine hangs, and so do its connections."""
+        try:
+            await self._canary(client, worker, self._settings.progress_canary_timeout_s)
+        except NotProven as error:
+            self._change(worker, transitions.stalled(worker.condition, f"silent; {error}"[:REASON_CHARS]))
+        else:
+            worker.progress.heard = self._clock()
 
     async def _probe(self, client: httpx.AsyncClient, worker: Worker) -> None:
         response = await client.get(f"http://{worker.id}/health")
@@ -103,24 +153,25 @@ class Monitor:
             raise NotProven(f"serves {names or 'nothing'}, not {served}"[:REASON_CHARS])
         length = mine.get("max_model_len")
         worker.context_length = length if isinstance(length, int) else None
-        await self._canary(client, worker)
-        self._change(worker, transitions.proven(worker.condition))
+        await self._canary(client, worker, self._settings.canary_timeout_s)
+        self._change(worker, transitions.proven(worker.condition, self._clock()))
 
-    async def _canary(self, client: httpx.AsyncClient, worker: Worker) -> None:
+    async def _canary(self, client: httpx.AsyncClient, worker: Worker, timeout_s: float) -> None:
+        """Have the worker generate one token. Raises NotProven; httpx.HTTPError when it cannot be reached."""
         for route, fields in CANARIES:
-            response = await self._ask(client, worker, route, {"model": worker.address.served_model, **fields})
+            body = {"model": worker.address.served_model, **fields}
+            try:
+                response = await client.post(f"http://{worker.id}{route}", json=body, timeout=timeout_s)
+            except httpx.ReadTimeout:
+                raise NotProven(f"one token asked, none came within {timeout_s:g} s") from None
             if response.status_code != httpx.codes.NOT_FOUND:
                 break
         if response.status_code != httpx.codes.OK:
             raise NotProven(f"one token asked, answered {response.status_code}: {_message(response)}"[:REASON_CHARS])
 
-    async def _ask(
-        self, client: httpx.AsyncClient, worker: Worker, route: Route, body: dict[str, Any]
-    ) -> httpx.Response:
-        return await client.post(f"http://{worker.id}{route}", json=body, timeout=self._settings.canary_timeout_s)
-
     async def _read_load(self, client: httpx.AsyncClient, worker: Worker) -> None:
         """Load is advice: a worker without readable metrics is served by our own counts, and stays as it is."""
+        before, held = worker.load, self._held_on(worker)
         try:
             async with (
                 asyncio.timeout(self._settings.probe_timeout_s),
@@ -130,16 +181,23 @@ class Monitor:
             worker.load = parse_engine_load(text) if response.is_success else None
         except (httpx.HTTPError, TimeoutError):
             worker.load = None
+        if before is not None and worker.load is not None and worker.load.generated > before.generated:
+            worker.progress.heard = self._clock()
+        # What was granted or given back meanwhile is counted as ours: only certain strangers take room away.
+        worker.strangers = strangers_in(worker, max(held, self._held_on(worker)))
+
+    def _held_on(self, worker: Worker) -> int:
+        return max(worker.in_flight, self._held(worker.id) if self._held is not None else 0)
 
 
 async def _bounded_text(response: httpx.Response, limit_bytes: int) -> str:
-    """The first `limit_bytes` of the body; the rest of a body that is longer is never read."""
+    """The body; nothing of one that is longer than `limit_bytes`, and its rest is never read."""
     body = bytearray()
     async for part in response.aiter_bytes():
         body += part
         if len(body) > limit_bytes:
-            break
-    return body[:limit_bytes].decode("utf-8", "replace")
+            return ""
+    return body.decode("utf-8", "replace")
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from app.catalogue import Catalogue, Variant
 from app.telemetry.logs import Log
-from app.workers.worker import Condition, State, Worker
+from app.workers.worker import Condition, Worker
 
 Listener = Callable[[Worker], None]
 
@@ -35,7 +35,7 @@ class Registry:
 
     @property
     def any_ready(self) -> bool:
-        return any(worker.is_ready for worker in self)
+        return any(worker.condition.serves for worker in self)
 
     def listen(self, listener: Listener) -> None:
         """Have `listener` called, synchronously, after each change of a worker's state."""
@@ -46,8 +46,10 @@ class Registry:
         before, worker.condition = worker.condition, condition
         if condition.state is before.state:
             return
-        if condition.state is not State.READY:
+        if not condition.serves:
             worker.load = None
+        elif not before.serves:
+            worker.latency_s = 0.0  # what it was like before says nothing about a worker that returns
         self._log.info(
             "worker state",
             worker=worker.id,

@@ -11,20 +11,25 @@ from dataclasses import dataclass
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
+GENERATED = "vllm:generation_tokens_total"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Requests in the engine and waiting inside it, and the used share (0..1) of its fullest KV cache."""
+    """Requests in the engine and waiting inside it, and the used share (0..1) of its fullest KV cache.
+
+    `generated` are the tokens it generated since it started: as long as they grow, it works.
+    """
 
     running: int
     waiting: int
     kv_usage: float
+    generated: float = 0.0
 
 
 def parse_engine_load(text: str) -> EngineLoad | None:
     """The load in a Prometheus text exposition; None when it does not say how many requests run."""
-    found: dict[str, list[float]] = {RUNNING: [], WAITING: [], KV_USAGE: []}
+    found: dict[str, list[float]] = {RUNNING: [], WAITING: [], KV_USAGE: [], GENERATED: []}
     for line in text.splitlines():
         name, brace, rest = line.partition("{")
         if brace and name in found:
@@ -37,6 +42,7 @@ def parse_engine_load(text: str) -> EngineLoad | None:
         running=int(sum(found[RUNNING])),
         waiting=int(sum(found[WAITING])),
         kv_usage=min(max(found[KV_USAGE], default=0.0), 1.0),
+        generated=sum(found[GENERATED]),
     )
 
 

@@ -9,21 +9,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from app import settings
-from app.admission.local import LocalAdmission
-from app.catalogue import Catalogue
 from app.gateway import Gateway
-from app.inference import Band, InferenceRequest, Outcome, Route
-from app.relay.relay import Relay
-from app.telemetry.account import Accounts, RequestsLog
-from app.telemetry.logs import open_log
-from app.telemetry.metrics import Metrics
-from app.workers import worker as transitions
-from app.workers.registry import Registry
+from app.inference import Band, InferenceRequest, Route
 from tests.fakes.engine import Timing
 from tests.fakes.worker import FakeWorker
+from tests.integration.house import House, house
 
 MOST_AWAITS = 200
 
@@ -57,49 +48,14 @@ class CancelledAt:
                 thrown = error
 
 
-class House:
-    """A gateway on one fake worker, with everything that could leak at hand."""
-
-    def __init__(self, worker: FakeWorker) -> None:
-        self.worker = worker
-        host = worker.url.removeprefix("http://")
-        model = settings.Model(
-            name="m",
-            variants=(settings.Variant(name="v", workers=(settings.Worker(url=worker.url, served_model="m"),)),),
-        )
-        self.prometheus = CollectorRegistry()
-        metrics = Metrics(self.prometheus)
-        log = open_log(settings.Logs(level="error"))
-        catalogue = Catalogue.of((model,))
-        self.registry = Registry(catalogue, log)
-        self.admission = LocalAdmission(settings.Admission())
-        self.registry.listen(lambda known: self.admission.set_slots(known.id, 1))
-        self.known = self.registry[host]
-        self.registry.change(self.known, transitions.proven(self.known.condition))
-        self.relay = Relay(self.registry, settings.Relay(), metrics, time.monotonic)
-        accounts = Accounts(metrics, RequestsLog(log, "none"), time.monotonic)
-        self.gateway = Gateway(catalogue, self.registry, self.admission, self.relay, accounts)
-
-    def ended(self) -> int:
-        """Requests that were counted, whatever their outcome."""
-        family = next(f for f in self.prometheus.collect() if f.name == "sluice_requests")
-        return int(sum(sample.value for sample in family.samples if sample.name.endswith("_total")))
-
-    def cancelled(self) -> int:
-        family = next(f for f in self.prometheus.collect() if f.name == "sluice_requests")
-        counted = (s for s in family.samples if s.labels.get("outcome") == Outcome.CANCELLED)
-        return int(sum(sample.value for sample in counted if sample.name.endswith("_total")))
-
-
 @asynccontextmanager
-async def house() -> AsyncIterator[House]:
+async def narrow_house() -> AsyncIterator[tuple[House, FakeWorker]]:
+    """A gateway on one worker with one slot."""
     # Slow enough that an answer which nobody reads is still under way when the test looks for it.
     async with FakeWorker("m", timing=Timing(decode_s=0.03)) as worker:
-        built = House(worker)
-        try:
-            yield built
-        finally:
-            built.relay.close()
+        # Looked at rarely: only the life of the request is to move.
+        async with house(worker, slots=1, health={"probe_interval_s": 60, "canary_timeout_s": 5}) as home:
+            yield home, worker
 
 
 class Life:
@@ -122,11 +78,11 @@ class Life:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("busy", [True, False], ids=["after a wait in the queue", "at once"])
 async def test_nothing_leaks_wherever_a_request_is_cancelled(stream: bool, busy: bool) -> None:
-    async with house() as home:
+    async with narrow_house() as (home, worker):
         for k in range(MOST_AWAITS):
             ended, cancelled = home.ended(), home.cancelled()
             blocker = await home.gateway.serve(blocking_request()) if busy else None
-            life, seen = Life(stream=stream), home.worker.counts.seen
+            life, seen = Life(stream=stream), worker.counts.seen
             cancelled_at = CancelledAt(life.run(home.gateway), k)
             task = asyncio.create_task(wait(cancelled_at))
             if blocker is not None:
@@ -136,16 +92,13 @@ async def test_nothing_leaks_wherever_a_request_is_cancelled(stream: bool, busy:
                     while await blocker.answer.next():
                         pass
             await asyncio.wait([task])
-            assert home.known.in_flight == 0
-            assert home.admission.held(home.known.id) == 0
-            assert not any(home.admission.waiting(band) for band in Band)
-            assert home.prometheus.get_sample_value("sluice_requests_in_flight") == 0
+            assert home.is_clean
             assert home.ended() == ended + 1 + busy
             assert home.cancelled() == cancelled + cancelled_at.reached
             async with asyncio.timeout(5):
-                await home.worker.wait_for(open=0)
-            if home.worker.counts.seen > seen and not life.is_read:
-                assert home.worker.requests[-1].outcome == "aborted"
+                await worker.wait_for(open=0)
+            if worker.counts.seen > seen and not life.is_read:
+                assert worker.requests[-1].outcome == "aborted"
             if not cancelled_at.reached:
                 assert k > 2, "the request never waited: nothing was tested"
                 return

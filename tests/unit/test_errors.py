@@ -13,7 +13,8 @@ from app.errors import GatewayError, MethodNotAllowed, WorkerRefused
 TABLE = {
     "invalid_json": 400, "invalid_value": 400, "unsupported_parameter": 400, "context_length_exceeded": 400,
     "model_not_found": 404, "not_found": 404, "method_not_allowed": 405, "request_timeout": 408,
-    "request_too_large": 413, "unsupported_media_type": 415, "internal_error": 500, "worker_lost": 502,
+    "request_too_large": 413, "unsupported_media_type": 415, "internal_error": 500, "request_quarantined": 500,
+    "worker_lost": 502,
     "upstream_bad_response": 502, "overloaded": 503, "queue_timeout": 503, "no_healthy_worker": 503,
     "draining": 503, "upstream_timeout": 504, "upstream_stalled": 504,
 }  # fmt: skip

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from app.catalogue import Variant, WorkerAddress
 from app.routing.router import rank
+from app.routing.scorers import quickness
 from app.workers.vllm_metrics import EngineLoad
 from app.workers.worker import Condition, State, Worker
 
 
 def worker(
-    name: str, *, in_flight: int = 0, slots: int = 8, ready: bool = True, load: EngineLoad | None = None
+    name: str,
+    *,
+    in_flight: int = 0,
+    slots: int = 8,
+    ready: bool = True,
+    load: EngineLoad | None = None,
+    latency_s: float = 0.0,
 ) -> Worker:
     address = WorkerAddress(name, "127.0.0.1", 1, "m", slots)
     condition = Condition(State.READY, "") if ready else Condition(State.LOST, "refused")
-    return Worker(address, Variant("m", "v", (address,)), condition, load, in_flight=in_flight)
+    return Worker(address, Variant("m", "v", (address,)), condition, load, in_flight=in_flight, latency_s=latency_s)
 
 
 def order(*pool: Worker) -> list[str]:
@@ -33,7 +43,33 @@ def test_equal_workers_keep_the_catalogues_order() -> None:
 
 
 def test_what_other_gateways_send_counts_too() -> None:
-    assert order(worker("a", load=EngineLoad(4, 2, 0.5)), worker("b", in_flight=1)) == ["b", "a"]
+    idle = EngineLoad(0, 0, 0.0)
+    assert order(worker("a", load=EngineLoad(4, 2, 0.5)), worker("b", in_flight=1, load=idle)) == ["b", "a"]
+
+
+def test_a_worker_of_unknown_load_comes_after_all_that_have_room() -> None:
+    known = worker("known", in_flight=7, load=EngineLoad(7, 0, 0.5))
+    assert order(worker("unknown"), known) == ["known", "unknown"]
+
+
+def test_without_any_load_our_own_counts_decide() -> None:
+    assert order(worker("a", in_flight=2), worker("b", in_flight=1)) == ["b", "a"]
+
+
+def test_a_slow_worker_waits_until_the_others_are_busy() -> None:
+    idle = EngineLoad(0, 0, 0.0)
+    slow = worker("slow", latency_s=1.0, load=idle)
+    assert order(slow, worker("quick", latency_s=0.1, in_flight=3, load=idle)) == ["quick", "slow"]
+    assert order(slow, worker("quick", latency_s=0.1, in_flight=4, load=idle)) == ["slow", "quick"]
+
+
+def test_a_worker_that_nothing_is_known_of_is_tried() -> None:
+    assert order(worker("known", latency_s=0.002), worker("new")) == ["new", "known"]
+
+
+@given(st.floats(min_value=0, allow_nan=False))
+def test_every_latency_has_a_score(latency_s: float) -> None:
+    assert 0 <= quickness(worker("a", latency_s=latency_s)) <= 1
 
 
 def test_a_worker_that_is_not_ready_stays_a_candidate_and_comes_last_with_its_reason() -> None:

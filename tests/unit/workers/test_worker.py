@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.catalogue import Variant, WorkerAddress
+from app.settings import Relay
 from app.workers import worker as transitions
 from app.workers.vllm_metrics import EngineLoad, parse_engine_load
-from app.workers.worker import Condition, State
+from app.workers.worker import Condition, State, Worker
 
-READY = Condition(State.READY, reason="")
+READY = Condition(State.READY, reason="", ready_since=-math.inf)
 LIMIT = 3
+RULES = Relay(failures_until_ejected=3, ejection_s=10, ejection_max_s=300)
 
-STEPS = {
-    "proven": transitions.proven,
+
+def fails(condition: Condition, now: float = 0.0, *, may_eject: bool = True) -> Condition:
+    return transitions.failed(condition, "why", now, RULES, may_eject=may_eject)
+
+
+STEPS: dict[str, Callable[[Condition], Condition]] = {
+    "proven": lambda condition: transitions.proven(condition, 0.0),
     "unproven": lambda condition: transitions.unproven(condition, "why"),
     "probed": transitions.probed,
     "missed": lambda condition: transitions.missed(condition, "why", LIMIT),
+    "stalled": lambda condition: transitions.stalled(condition, "why"),
     "refused": lambda condition: transitions.refused(condition, "why"),
-    "failed": lambda condition: transitions.failed(condition, "why"),
+    "saturated": lambda condition: transitions.saturated(condition, 0.0, 5.0),
+    "failed": fails,
     "succeeded": transitions.succeeded,
+    "elapsed": lambda condition: transitions.elapsed(condition, 1000.0),
 }
 
 
@@ -34,14 +47,14 @@ def after(*names: str, start: Condition | None = None) -> Condition:
 
 
 @given(st.lists(st.sampled_from(sorted(STEPS))))
-def test_nothing_but_a_token_makes_a_worker_ready(names: list[str]) -> None:
+def test_nothing_but_a_token_makes_a_worker_serve(names: list[str]) -> None:
     if "proven" not in names:
-        assert after(*names).state is not State.READY
+        assert not after(*names).serves
 
 
-@given(st.lists(st.sampled_from(sorted(STEPS))))
-def test_a_lost_worker_must_prove_itself_again(names: list[str]) -> None:
-    condition = after(*names, "refused", "probed")
+@given(st.lists(st.sampled_from(sorted(STEPS))), st.sampled_from(["refused", "stalled"]))
+def test_a_worker_that_was_left_must_prove_itself_again(names: list[str], how: str) -> None:
+    condition = after(*names, how, "probed")
     assert condition.state is State.UNPROVEN
     assert condition.reason
 
@@ -52,24 +65,109 @@ def test_a_worker_that_is_not_ready_has_a_reason(names: list[str]) -> None:
     assert (condition.state is State.READY) == (condition.reason == "")
 
 
-def test_misses_lose_a_ready_worker_only_in_a_row() -> None:
+def test_misses_in_a_row_are_a_stall() -> None:
     assert after("missed", "missed", start=READY).state is State.READY
     assert after("missed", "missed", "probed", "missed", "missed", start=READY).state is State.READY
-    assert after("missed", "missed", "missed", start=READY).state is State.LOST
+    assert after("missed", "missed", "missed", start=READY).state is State.STALLED
 
 
-def test_failures_lose_a_worker_only_in_a_row() -> None:
+def test_failures_in_a_row_eject() -> None:
     assert after("failed", "failed", "succeeded", "failed", "failed", start=READY).state is State.READY
-    assert after("failed", "failed", "failed", start=READY).state is State.LOST
+    assert after("failed", "failed", "failed", start=READY).state is State.EJECTED
 
 
 def test_a_refused_connection_loses_it_at_once() -> None:
     assert after("refused", start=READY).state is State.LOST
 
 
+def test_an_ejected_worker_serves_the_whole_time_and_then_proves_itself() -> None:
+    ejected = after("failed", "failed", "failed", start=READY)
+    assert transitions.elapsed(ejected, 9.9).state is State.EJECTED
+    assert transitions.probed(ejected).state is State.EJECTED
+    assert transitions.elapsed(ejected, 10.0).state is State.UNPROVEN
+
+
+def ejected_again(condition: Condition, returned: float, failed: float) -> Condition:
+    """A worker that came back, and broke all that it got at one moment."""
+    condition = transitions.proven(transitions.elapsed(condition, returned), returned)
+    return fails(fails(fails(condition, failed), failed), failed)
+
+
+def test_every_ejection_that_follows_soon_is_twice_as_long_up_to_a_limit() -> None:
+    condition, now, lengths = after("failed", "failed", "failed", start=READY), 0.0, [10.0]
+    for _ in range(6):
+        now = condition.until
+        condition = ejected_again(condition, returned=now, failed=now + 1)
+        lengths.append(condition.until - now - 1)
+    assert lengths == [10, 20, 40, 80, 160, 300, 300]
+
+
+def test_an_ejection_is_forgiven_after_as_long_a_time_of_service() -> None:
+    first = after("failed", "failed", "failed", start=READY)
+    assert ejected_again(first, returned=10, failed=20).until == 20 + 20
+    assert ejected_again(first, returned=10, failed=20.1).until == 20.1 + 10
+
+
+def pool(*states: State) -> list[Worker]:
+    address = WorkerAddress("a", "127.0.0.1", 1, "m", 8)
+    return [Worker(address, Variant("m", "v", (address,)), Condition(state, "why")) for state in states]
+
+
+@given(st.lists(st.sampled_from(list(State)), min_size=1, max_size=12))
+def test_at_least_half_of_a_pool_is_never_ejected(states: list[State]) -> None:
+    workers = pool(*states)
+    serving = [worker for worker in workers if worker.condition.serves]
+    if transitions.may_eject(workers) and serving:
+        assert (len(serving) - 1) / len(workers) >= 0.5
+
+
+@pytest.mark.parametrize(("ready", "out"), [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2)])
+def test_how_many_of_a_pool_may_be_ejected(ready: int, out: int) -> None:
+    workers, ejected = pool(*[State.READY] * ready), 0
+    for worker in workers:
+        if transitions.may_eject(workers):
+            worker.condition = transitions.stalled(worker.condition, "why")
+            ejected += 1
+    assert ejected == out
+
+
+def test_who_may_not_be_ejected_goes_on_serving() -> None:
+    condition = READY
+    for _ in range(10):
+        condition = fails(condition, may_eject=False)
+    assert (condition.state, condition.failures) == (State.READY, 10)
+
+
+def test_a_rest_ends_by_itself_and_the_longest_counts() -> None:
+    resting = transitions.saturated(transitions.saturated(READY, 0.0, 5.0), 1.0, 1.0)
+    assert resting.state is State.RESTING
+    assert resting.serves
+    assert transitions.elapsed(resting, 4.9).state is State.RESTING
+    assert transitions.elapsed(resting, 5.0) == READY
+
+
+def test_only_a_worker_that_returns_starts_slowly() -> None:
+    first = transitions.proven(Condition(), 7.0)
+    assert first.ready_since == -math.inf
+    assert transitions.proven(transitions.refused(first, "gone"), 9.0).ready_since == 9.0
+
+
+def test_latency_follows_what_is_seen_and_fades_when_nothing_is() -> None:
+    worker = pool(State.READY)[0]
+    worker.took(0.1)
+    assert worker.latency_s == 0.1
+    for _ in range(20):
+        worker.took(1.0)
+    assert worker.latency_s == pytest.approx(1.0, rel=0.01)
+    worker.fade()
+    assert worker.latency_s == pytest.approx(1.0, rel=0.01)
+    worker.fade()
+    assert worker.latency_s == pytest.approx(transitions.LATENCY_FADING, rel=0.01)
+
+
 def test_the_load_in_a_real_metrics_page() -> None:
     page = (Path(__file__).parents[2] / "wire" / "get_metrics.http").read_text(errors="replace")
-    assert parse_engine_load(page) == EngineLoad(running=0, waiting=0, kv_usage=0.0)
+    assert parse_engine_load(page) == EngineLoad(running=0, waiting=0, kv_usage=0.0, generated=519)
 
 
 @pytest.mark.parametrize(
