@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from msgspec import Raw
@@ -31,10 +31,24 @@ class Fingerprint:
         return cls(tenant, digest.digest())
 
 
+@dataclass(frozen=True, slots=True)
+class Death:
+    """One death of one worker, however many requests it held."""
+
+    worker_id: str
+    number: int
+
+
 @dataclass(slots=True)
 class _Record:
-    deaths: int = 0
+    """`deaths` holds at most as many as it takes to be quarantined."""
+
+    deaths: set[Death] = field(default_factory=set)
     until: float = 0.0
+
+    @property
+    def is_quarantined(self) -> bool:
+        return len(self.deaths) >= DEATHS_UNTIL_QUARANTINE
 
 
 class Quarantine:
@@ -54,14 +68,15 @@ class Quarantine:
         """Whether anything is on record: what asks first pays nothing while nothing ever died."""
         return bool(self._records)
 
-    def blame(self, fingerprint: Fingerprint, now: float) -> None:
+    def blame(self, fingerprint: Fingerprint, death: Death, now: float) -> None:
         """A worker died while it held this request."""
         self._forget(now)
         record = self._records.setdefault(fingerprint, _Record())
-        record.deaths += 1
+        if not record.is_quarantined:
+            record.deaths.add(death)
+            self._quarantined[fingerprint.tenant] += record.is_quarantined
         record.until = now + self._period_s
         self._records.move_to_end(fingerprint)
-        self._quarantined[fingerprint.tenant] += record.deaths == DEATHS_UNTIL_QUARANTINE
         if len(self._records) > MOST_REMEMBERED:
             self._drop_oldest()
 
@@ -69,7 +84,7 @@ class Quarantine:
         """Whether this request must not be given to any worker."""
         self._forget(now)
         record = self._records.get(fingerprint)
-        return record is not None and record.deaths >= DEATHS_UNTIL_QUARANTINE
+        return record is not None and record.is_quarantined
 
     def confines(self, tenant: str, now: float) -> bool:
         """Whether all requests of `tenant` must go to one worker."""
@@ -83,7 +98,7 @@ class Quarantine:
 
     def _drop_oldest(self) -> None:
         fingerprint, record = self._records.popitem(last=False)
-        if record.deaths >= DEATHS_UNTIL_QUARANTINE:
+        if record.is_quarantined:
             self._quarantined -= Counter({fingerprint.tenant: 1})  # drops the tenant with its last one
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -14,7 +14,7 @@ from app.errors import GatewayError, RequestQuarantined, UpstreamBadResponse, Wo
 from app.inference import InferenceRequest, TokenUsage
 from app.relay.answer import JSON_TYPE, SSE_TYPE, Answer, StreamedAnswer, WholeAnswer
 from app.relay.dialect import usage_of_answer
-from app.relay.quarantine import Fingerprint, Quarantine, cell_of
+from app.relay.quarantine import Death, Fingerprint, Quarantine, cell_of
 from app.relay.refusal import AttemptFailed, Fault, refusal
 from app.relay.retry_budget import RetryBudget
 from app.relay.upstream import ConnectFailed, Connection, Header, Upstream
@@ -60,6 +60,7 @@ class Relay:
             worker.variant.public_name: RetryBudget(limits.retry_share, limits.retries_per_s) for worker in registry
         }
         self._quarantine = Quarantine(limits.quarantine_s)
+        self._deaths = Counter[str]()
         self._casualties: dict[str, deque[tuple[float, Fingerprint]]] = {
             worker.id: deque(maxlen=MOST_CASUALTIES) for worker in registry
         }
@@ -205,15 +206,17 @@ class Relay:
         if worker.condition.state is State.STALLED:
             self._upstreams[worker.id].give_up(self._limits.stalled_gap_timeout_s)
         elif worker.condition.state is State.LOST:
+            self._deaths[worker.id] += 1
             self._blame(worker)
 
     def _blame(self, worker: Worker) -> None:
         """The worker is dead: what it just held is suspect of having killed it."""
         casualties, now = self._casualties[worker.id], self._clock()
+        death = Death(worker.id, self._deaths[worker.id])
         while casualties:
             lost, fingerprint = casualties.popleft()
             if now - lost <= DYING_S:
-                self._quarantine.blame(fingerprint, now)
+                self._quarantine.blame(fingerprint, death, now)
 
     def _refuse_quarantined(self, request: InferenceRequest) -> None:
         if self._quarantine and self._quarantine.holds(_fingerprint(request), self._clock()):

@@ -103,10 +103,10 @@ class Monitor:
         """One look at one worker. Never raises: whatever a worker answers, it is watched on."""
         try:
             await self._probe(client, worker)
+            await self._read_load(client, worker)
             if worker.condition.state is State.UNPROVEN:
                 await self._prove(client, worker)
-            await self._read_load(client, worker)
-            if self._is_silent(worker):
+            elif self._is_silent(worker):
                 await self._suspect(client, worker)
         except NotProven as error:
             self._change(worker, transitions.unproven(worker.condition, str(error)))

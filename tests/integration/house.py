@@ -61,6 +61,9 @@ class Told:
 
 
 def request(content: str = "hi", *, stream: bool = False, **fields: Any) -> InferenceRequest:
+    """A chat request for `m`; with `max_tokens` its answer has exactly so many."""
+    if "max_tokens" in fields:
+        fields["ignore_eos"] = True
     body = {"model": "m", "messages": [{"role": "user", "content": content}], "stream": stream, **fields}
     return InferenceRequest.parse(json.dumps(body).encode(), request_id="r", route=Route.CHAT, arrived=time.monotonic())
 
@@ -152,6 +155,7 @@ async def house(
     relay: dict[str, float] | None = None,
     health: dict[str, float] | None = None,
     admission: dict[str, float] | None = None,
+    logs: dict[str, str] | None = None,
 ) -> AsyncIterator[House]:
     """A gateway on `workers`, all of them (or those in `ready`) proven; in the end nothing may be left of a request."""
     listed = tuple(settings.Worker(url=worker.url, served_model="m", max_concurrency=slots) for worker in workers)
@@ -160,7 +164,7 @@ async def house(
         relay=settings.Relay(**(relay or {})),
         health=settings.Health(**{**HEALTH, **(health or {})}),
         admission=settings.Admission(**(admission or {})),
-        logs=settings.Logs(level="error", requests="none"),
+        logs=settings.Logs(**{"level": "error", "requests": "none", **(logs or {})}),
     )
     async with open_runtime(configured) as runtime:
         home = House(runtime)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from app.relay.quarantine import MOST_REMEMBERED, Fingerprint, Quarantine, cell_of
+from app.relay.quarantine import MOST_REMEMBERED, Death, Fingerprint, Quarantine, cell_of
 
 PERIOD_S = 600
 
@@ -17,16 +17,17 @@ def fingerprint(text: str = "x", tenant: str = "t") -> Fingerprint:
 
 def killed(quarantine: Quarantine, *texts: str, tenant: str = "t", now: float = 0.0) -> None:
     for text in texts:
-        quarantine.blame(fingerprint(text, tenant), now)
-        quarantine.blame(fingerprint(text, tenant), now)
+        quarantine.blame(fingerprint(text, tenant), Death("a", 1), now)
+        quarantine.blame(fingerprint(text, tenant), Death("b", 1), now)
 
 
 def test_one_death_is_a_coincidence_two_are_not() -> None:
     quarantine = Quarantine(PERIOD_S)
     assert not quarantine
-    quarantine.blame(fingerprint(), 0.0)
+    quarantine.blame(fingerprint(), Death("a", 1), 0.0)
+    quarantine.blame(fingerprint(), Death("a", 1), 0.0)  # it was held twice
     assert not quarantine.holds(fingerprint(), 0.0)
-    quarantine.blame(fingerprint(), 500.0)
+    quarantine.blame(fingerprint(), Death("a", 2), 500.0)
     assert quarantine.holds(fingerprint(), 500.0)
     assert not quarantine.holds(fingerprint("another"), 500.0)
     assert not quarantine.holds(fingerprint(tenant="another"), 500.0)
@@ -44,7 +45,7 @@ def test_the_third_quarantined_request_confines_its_tenant() -> None:
     quarantine = Quarantine(PERIOD_S)
     killed(quarantine, "a", "b")
     killed(quarantine, "c", tenant="another")
-    quarantine.blame(fingerprint("once"), 0.0)
+    quarantine.blame(fingerprint("once"), Death("a", 1), 0.0)
     assert not quarantine.confines("t", 0.0)
     killed(quarantine, "c", now=1.0)
     assert quarantine.confines("t", 1.0)
