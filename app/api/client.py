@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -69,13 +70,15 @@ class ClientWatch:
     """Cancels the block when the client leaves, or reads nothing for too long, and then raises ClientGone.
 
     ASGI tells of a disconnect only to who calls `receive`, so somebody must, at every stage: while the request waits
-    in the queue, while the worker thinks, for answers that stream and for answers that don't.
+    in the queue, while the worker thinks, for answers that stream and for answers that don't. A client that does not
+    read is disconnected by `abort`: an orderly close would wait, for ever, until it has read what is buffered.
     """
 
-    __slots__ = ("_is_gone", "_receive", "_send", "_sending_since", "_stall_s", "_task", "_timer", "_watcher")
+    __slots__ = ("_abort", "_is_gone", "_receive", "_send", "_sending_since", "_stall_s", "_task", "_timer", "_watcher")
 
-    def __init__(self, receive: Receive, send: Send, stall_s: float) -> None:
+    def __init__(self, receive: Receive, send: Send, abort: Callable[[], None], stall_s: float) -> None:
         self._receive = receive
+        self._abort = abort
         self._send = send
         self._stall_s = stall_s
         self._is_gone = False
@@ -119,6 +122,7 @@ class ClientWatch:
         loop = self._task.get_loop()
         since = self._sending_since
         if since is not None and loop.time() - since >= self._stall_s:
+            self._abort()
             self._leave()
         else:
             self._timer = loop.call_later(self._stall_s / 2, self._check_stall)
