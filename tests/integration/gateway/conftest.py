@@ -65,3 +65,55 @@ async def house(_shared_house: House) -> AsyncIterator[House]:
 @pytest.fixture
 def gateway(house: House) -> GatewayProcess:
     return house.gateway
+
+
+class ShortTempered:
+    """A gateway whose every limit is short, so that tests reach them: `m` has one worker, `pair` two, `narrow` one
+    with a single slot and room for two to wait.
+    """
+
+    def __init__(self) -> None:
+        self.worker = FakeWorker("m", max_model_len=1_000_000)
+        self.narrow = FakeWorker("narrow")
+        self.pair = (FakeWorker("pair"), FakeWorker("pair"))
+        self.gateway: GatewayProcess
+
+    @property
+    def workers(self) -> tuple[FakeWorker, ...]:
+        return (self.worker, self.narrow, *self.pair)
+
+
+SHORT = {
+    "admission": {"queue_limit": 2, "queue_timeout_s": 0.4, "no_worker_timeout_s": 0.4},
+    "relay": {"first_byte_timeout_s": 0.6, "gap_timeout_s": 0.4, "keepalive_s": 0.3, "client_stall_timeout_s": 0.6},
+    "limits": {"body_bytes": 65536, "body_timeout_s": 0.4},
+    "health": {"probe_interval_s": 0.1, "canary_timeout_s": 0.3, "probe_misses": 2},
+}
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _short_tempered(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ShortTempered]:
+    short = ShortTempered()
+    async with AsyncExitStack() as stack:
+        for worker in short.workers:
+            await stack.enter_async_context(worker)
+        models = [
+            model("m", short.worker),
+            model("narrow", short.narrow, max_concurrency=1),
+            model("pair", *short.pair, max_concurrency=2),
+        ]
+        short.gateway = await stack.enter_async_context(
+            GatewayProcess(tmp_path_factory.mktemp("short"), models, admin=True, **SHORT)
+        )
+        yield short
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def short(_short_tempered: ShortTempered) -> AsyncIterator[ShortTempered]:
+    """The gateway with short limits: every worker healthy and ready at the start, nothing held at the end."""
+    await _short_tempered.gateway.ready(*_short_tempered.workers)
+    yield _short_tempered
+    for worker in _short_tempered.workers:
+        worker.heal()
+        worker.resume()
+    await _short_tempered.gateway.idle()
