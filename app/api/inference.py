@@ -7,12 +7,11 @@ import time
 from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
+from app.api.protocol import CONNECTION
 from app.api.responses import send_reply
 from app.inference import InferenceRequest, Route
 from app.runtime import Runtime
 
-ABORT = "sluice.abort"
-"""The ASGI extension by which the server lets a connection be closed at once, whatever is still unsent."""
 TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
 
 
@@ -25,8 +24,7 @@ class InferenceRoutes:
         arrived = time.monotonic()
         runtime: Runtime = scope["state"]["runtime"]
         body = await read_body(scope, receive, runtime.settings.limits)
-        abort = scope["extensions"][ABORT]
-        async with ClientWatch(receive, send, abort, runtime.settings.relay.client_stall_timeout_s) as client:
+        with ClientWatch(scope[CONNECTION], send, runtime.settings.relay.client_stall_timeout_s) as client:
             request = InferenceRequest.parse(
                 body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived
             )

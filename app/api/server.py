@@ -8,25 +8,16 @@ import socket
 import tempfile
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from app.api.app import create_app
-from app.api.inference import ABORT
+from app.api.protocol import ClientConnection
 from app.errors import LaunchError
 from app.settings import Settings
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # longer than any usual load balancer's, so that it is never us who close under its request
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
-
-
-class Connection(HttpToolsProtocol):
-    """uvicorn's connection to a client, which in addition lets a request abort it."""
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]  # a callable, not a dict
 
 
 def serve(settings: Settings) -> None:
@@ -36,7 +27,7 @@ def serve(settings: Settings) -> None:
         functools.partial(create_app, settings),
         factory=True,
         loop="uvloop",
-        http=Connection,
+        http=ClientConnection,
         ws="none",
         lifespan="on",
         workers=settings.listen.processes,
