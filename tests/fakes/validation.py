@@ -49,6 +49,10 @@ def _check_fields(kind: str, body: Body) -> None:
         raise missing(body, required)
     if kind == "messages" and body.get("max_tokens") is None:
         raise missing(body, "max_tokens")
+    if kind == "messages" and body["max_tokens"] in (0, "0"):
+        message = "Value error, max_tokens must be positive"
+        cause = {"error": ValueError("max_tokens must be positive")}
+        raise invalid("value_error", "body.max_tokens", message, body["max_tokens"], cause)
     for name in _LISTS:
         if body.get(name) is not None and not isinstance(body[name], list):
             raise invalid("list_type", f"body.{name}", "Input should be a valid list", body[name])
