@@ -26,7 +26,7 @@ class Recipe:
     `module` has a function `make(base, output, parameters, report)`: `base` is a path or a hub id as text, `output` an
     empty directory, `report` tells how far it is (`app.recipes.progress.Report`); it raises LaunchError.
     `quantization` is the scheme of the weights it writes, None for plain ones. `engines` are the builds of vLLM that
-    are known to serve the result.
+    have kernels for the result.
     """
 
     name: str
@@ -54,11 +54,11 @@ def _value(parameter: Parameter, text: str | None) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
-    if isinstance(value, bool) is not isinstance(parameter.default, bool) or not isinstance(
-        value, type(parameter.default)
-    ):
-        kind = type(parameter.default).__name__
-        raise ConfigurationError(f"parameter {parameter.name!r} takes a value of type {kind}, not {text!r}")
+    kind = type(parameter.default)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigurationError(f"parameter {parameter.name!r} takes a value of type {kind.__name__}, not {text!r}")
     return value
 
 
