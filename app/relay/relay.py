@@ -125,7 +125,7 @@ class Relay:
             attempt.has_begun = True
             now = self._clock()
             account.first_byte(now)
-            worker.took(now - sent)
+            self._registry.took(worker, now - sent)
             if request.stream and connection.headers[b"content-type"].startswith(SSE_TYPE):
                 return StreamedAnswer(held.pop_all(), connection, begun, request, account, self._clock)
             account.usage = _usage_of(begun)
@@ -177,7 +177,7 @@ class Relay:
                 self._registry.change(worker, transitions.refused(worker.condition, "it died at work"))
 
     def _failed(self, worker: Worker, reason: str) -> None:
-        worker.took(transitions.FAILURE_LATENCY_S)
+        self._registry.penalise(worker)
         is_allowed = transitions.may_eject(self._registry.pool((worker.variant,)))
         self._registry.change(
             worker,

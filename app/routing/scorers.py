@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log10
 
 from app.workers.worker import Worker
 
 UNKNOWN_LOAD_SHARE = 0.01
 """Of its idleness that a worker without readable metrics keeps: below all others, among its like by our own counts."""
-QUICKEST_S = 0.001
-LATENCY_DECADES = 5.0
+TOLERATED_SLOWNESS = 3.0
+"""Prompts differ in length, so that equal workers look this different for a while."""
 
 
 def idleness(worker: Worker) -> float:
@@ -26,14 +25,9 @@ def idleness(worker: Worker) -> float:
 
 
 def quickness(worker: Worker) -> float:
-    """How soon it begins to answer: 1 at a millisecond or where nothing is known, a fifth less for ten times more.
-
-    The logarithm makes it a comparison of ratios, so that one weight serves pools of milliseconds and of minutes.
-    """
-    if worker.latency_s <= QUICKEST_S:
-        return 1.0
-    return max(0.0, 1.0 - log10(worker.latency_s / QUICKEST_S) / LATENCY_DECADES)
+    """How soon it begins to answer, beside the quickest worker of its pool: 1 for about as soon."""
+    return min(1.0, TOLERATED_SLOWNESS / worker.slowness)
 
 
-# With these weights a worker that is ten times slower is preferred only to one with 40 % more of its slots in use.
-SCORERS: tuple[tuple[Callable[[Worker], float], float], ...] = ((idleness, 1.0), (quickness, 2.0))
+# A worker that is ten times slower is preferred only to one with 70 % more of its slots taken.
+SCORERS: tuple[tuple[Callable[[Worker], float], float], ...] = ((idleness, 1.0), (quickness, 1.0))

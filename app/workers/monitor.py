@@ -81,7 +81,7 @@ class Monitor:
             due.clear()
             self._change(worker, transitions.elapsed(worker.condition, self._clock()))
             await self._round(client, worker)
-            worker.fade()
+            self._registry.fade(worker)
             self._offer(worker)
             try:
                 async with asyncio.timeout(self._pause_s(worker)):

@@ -6,20 +6,21 @@ from collections.abc import Callable, Iterable, Iterator
 
 from app.catalogue import Catalogue, Variant
 from app.telemetry.logs import Log
-from app.workers.worker import Condition, Worker
+from app.workers.worker import LATENCY_FADING, Condition, Pace, Worker, penalised, smoothed
 
 Listener = Callable[[Worker], None]
 
 
 class Registry:
-    """Owns the workers' records. Only `change` alters a condition, so that every listener hears of it."""
+    """Owns the workers' records. Only `change` alters a condition, so that every listener hears of it; only the
+    registry knows a worker's pool, so it is what compares latencies.
+    """
 
     def __init__(self, catalogue: Catalogue, log: Log) -> None:
         self._log = log
         self._listeners: list[Listener] = []
         self._pools: dict[str, tuple[Worker, ...]] = {
-            variant.public_name: tuple(Worker(address, variant) for address in variant.workers)
-            for variant in catalogue.variants
+            variant.public_name: _pool(variant) for variant in catalogue.variants
         }
         self._by_id = {worker.id: worker for worker in self}
 
@@ -60,3 +61,34 @@ class Registry:
         )
         for listener in self._listeners:
             listener(worker)
+
+    def took(self, worker: Worker, latency_s: float) -> None:
+        """An attempt on `worker` got its first byte after this time."""
+        self._learn(worker, smoothed(worker.latency_s, latency_s))
+
+    def penalise(self, worker: Worker) -> None:
+        """An attempt on `worker` failed."""
+        others = (other for other in self._pool_of(worker) if other is not worker)
+        self._learn(worker, penalised(worker.latency_s, _quickest_s(others)))
+
+    def fade(self, worker: Worker) -> None:
+        """Time passed: what was slow is worth another try, after a while without any."""
+        self._learn(worker, worker.latency_s * (1.0 if worker.is_latency_fresh else LATENCY_FADING))
+        worker.is_latency_fresh = False
+
+    def _learn(self, worker: Worker, latency_s: float) -> None:
+        worker.latency_s = latency_s
+        worker.is_latency_fresh = True
+        worker.pace.quickest_s = _quickest_s(self._pool_of(worker))
+
+    def _pool_of(self, worker: Worker) -> tuple[Worker, ...]:
+        return self._pools[worker.variant.public_name]
+
+
+def _quickest_s(workers: Iterable[Worker]) -> float:
+    return min((worker.latency_s for worker in workers if worker.latency_s), default=0.0)
+
+
+def _pool(variant: Variant) -> tuple[Worker, ...]:
+    pace = Pace()
+    return tuple(Worker(address, variant, pace=pace) for address in variant.workers)

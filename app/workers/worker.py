@@ -29,8 +29,12 @@ LATENCY_WEIGHT = 0.3
 """Of the newest sample in the moving average."""
 LATENCY_FADING = 0.9
 """What is left of a worker's latency after a look at it during which no request went to it."""
-FAILURE_LATENCY_S = 5.0
-"""What a failure counts as, in the moving average: a worker that fails fast must not look fast."""
+QUICK_S = 0.02
+"""Nobody is quicker than this: below it, latencies tell of the network and of chance."""
+FAILURE_SLOWNESS = 30.0
+"""A failure counts as so many times the latency of the quickest worker: who fails fast must not look fast."""
+FAILURE_LATENCY_S = (5.0, 60.0)
+"""The latency that a failure counts as while no other worker's is known, and the most that it counts as."""
 
 
 class State(StrEnum):
@@ -164,6 +168,19 @@ def smoothed(latency_s: float, sample_s: float) -> float:
     return sample_s if not latency_s else latency_s + LATENCY_WEIGHT * (sample_s - latency_s)
 
 
+def penalised(latency_s: float, quickest_s: float) -> float:
+    """The latency that a worker is held to have after a failure, beside the quickest other of its pool (0: unknown)."""
+    at_least, at_most = FAILURE_LATENCY_S
+    return max(latency_s, min(FAILURE_SLOWNESS * max(quickest_s, QUICK_S) if quickest_s else at_least, at_most))
+
+
+@dataclass(slots=True)
+class Pace:
+    """The lowest latency in a pool, in seconds, shared by its workers; 0 while none is known."""
+
+    quickest_s: float = 0.0
+
+
 @dataclass(slots=True)
 class Progress:
     """When a worker was last seen at work: a byte of an answer, or a token that its own metrics count."""
@@ -176,7 +193,8 @@ class Worker:
     """A worker as this process knows it.
 
     `in_flight` counts the attempts that this process has open on it. `strangers` are the requests that its engine
-    works on and that nobody here holds a slot for. `latency_s` is the moving average from dispatch to first byte.
+    works on and that nobody here holds a slot for. `latency_s` is the moving average from dispatch to first byte, 0
+    while it is unknown.
     """
 
     address: WorkerAddress
@@ -188,6 +206,7 @@ class Worker:
     strangers: int = 0
     latency_s: float = 0.0
     is_latency_fresh: bool = False
+    pace: Pace = field(default_factory=Pace)
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -198,13 +217,8 @@ class Worker:
     def is_ready(self) -> bool:
         return self.condition.state is State.READY
 
-    def took(self, latency_s: float) -> None:
-        """An attempt got its first byte after this time."""
-        self.latency_s = smoothed(self.latency_s, latency_s)
-        self.is_latency_fresh = True
-
-    def fade(self) -> None:
-        """Time passed: what was slow is worth another try, after a while without any."""
-        if not self.is_latency_fresh:
-            self.latency_s *= LATENCY_FADING
-        self.is_latency_fresh = False
+    @property
+    def slowness(self) -> float:
+        """How many times the latency of its pool's quickest worker it has: at least 1, and 1 while either is unknown."""
+        quickest_s = self.pace.quickest_s
+        return max(1.0, self.latency_s / max(quickest_s, QUICK_S)) if quickest_s else 1.0

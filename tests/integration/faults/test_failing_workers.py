@@ -10,6 +10,19 @@ from tests.integration.faults.asking import MakePool, attempts, spent
 from tests.integration.house import house
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", ["die_before_byte", "fast_500", "busy_503", "429:3", "draining_500"])
+async def test_what_fails_before_the_first_byte_is_tried_elsewhere_once(
+    pool: MakePool, fault: str, stream: bool
+) -> None:
+    first, second = await pool(2)
+    async with house(first, second) as home:
+        first.inject(fault, times=1)
+        assert (await home.ask(stream=stream)).ok
+        assert (attempts(first), attempts(second)) == (1, 1)
+        assert home.metric("sluice_retries_total") == 1
+
+
 async def test_f07_one_fast_failer_is_ejected_and_no_client_notices(pool: MakePool) -> None:
     workers = await pool(4)
     failing = workers[0]
@@ -68,13 +81,13 @@ async def test_f09_a_slow_worker_gets_little_and_is_not_ejected(pool: MakePool, 
     workers = await pool(4)
     slow = workers[0]
     for worker in workers:
-        worker.timing = Timing(prefill_s=0.005)
+        worker.timing = Timing(prefill_s=0.02)
     async with house(*workers) as home:
         slow.inject("slow:10")
-        await home.ask_many(40, at_once=at_once, content="learning")
-        told = await home.ask_many(200, at_once=at_once, content="learnt")
+        await home.ask_many(20, at_once=at_once, content="learning")
+        told = await home.ask_many(100, at_once=at_once, content="learnt")
         assert all(one.ok for one in told)
-        assert attempts(slow, "learnt") <= 0.2 * 200 / 4
+        assert attempts(slow, "learnt") <= 0.2 * 100 / 4
         assert home.known(slow).condition.state is State.READY
 
 

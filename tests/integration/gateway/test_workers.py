@@ -150,17 +150,13 @@ async def test_requests_on_a_killed_worker_go_elsewhere(stable: Stable) -> None:
     assert all(answer.content.endswith(b"data: [DONE]\n\n") for answer in answers)
 
 
-async def test_a_worker_that_fails_again_and_again_is_left(stable: Stable) -> None:
-    """It answers its probes: only requests show that it is broken, and only a token that it is mended."""
+async def test_a_worker_that_fails_is_hardly_asked_and_no_client_notices(stable: Stable) -> None:
     failing = stable.pool[0]
     failing.inject("fast_500")
-    for _ in range(12):
-        assert (await ask(stable)).status_code == 200
-    await is_in(stable, failing, "unproven", "one token asked, answered 500: EngineCore")
-    assert (await ask(stable, nonce="after")).status_code == 200
-    assert not [received for received in failing.requests if b"after" in received.request.body]
+    for number in range(12):
+        assert (await ask(stable, nonce=f"failing{number}")).status_code == 200
+    assert sum(b"failing" in received.request.body for received in failing.requests) <= 3
     failing.heal()
-    await is_in(stable, failing, "ready")
 
 
 async def test_a_dead_engine_behind_a_good_health_is_never_ready(stable: Stable) -> None:
@@ -179,9 +175,9 @@ async def test_a_dead_engine_behind_a_good_health_is_never_ready(stable: Stable)
     assert (await ask(stable, "odd")).status_code == 200
 
 
-async def test_a_failing_health_probe_loses_the_worker(stable: Stable) -> None:
+async def test_a_failing_health_probe_stalls_the_worker(stable: Stable) -> None:
     stable.odd.inject("health_500")
-    await is_in(stable, stable.odd, "lost", "500")
+    await is_in(stable, stable.odd, "stalled", "500")
     stable.odd.heal()
     await is_in(stable, stable.odd, "ready")
 

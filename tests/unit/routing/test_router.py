@@ -9,7 +9,7 @@ from app.catalogue import Variant, WorkerAddress
 from app.routing.router import rank
 from app.routing.scorers import quickness
 from app.workers.vllm_metrics import EngineLoad
-from app.workers.worker import Condition, State, Worker
+from app.workers.worker import Condition, Pace, State, Worker
 
 
 def worker(
@@ -19,11 +19,13 @@ def worker(
     slots: int = 8,
     ready: bool = True,
     load: EngineLoad | None = None,
-    latency_s: float = 0.0,
+    slowness: float = 1.0,
 ) -> Worker:
     address = WorkerAddress(name, "127.0.0.1", 1, "m", slots)
     condition = Condition(State.READY, "") if ready else Condition(State.LOST, "refused")
-    return Worker(address, Variant("m", "v", (address,)), condition, load, in_flight=in_flight, latency_s=latency_s)
+    return Worker(
+        address, Variant("m", "v", (address,)), condition, load, in_flight=in_flight, latency_s=slowness, pace=Pace(1.0)
+    )
 
 
 def order(*pool: Worker) -> list[str]:
@@ -58,23 +60,16 @@ def test_without_any_load_our_own_counts_decide() -> None:
 
 def test_a_slow_worker_waits_until_the_others_are_busy() -> None:
     idle = EngineLoad(0, 0, 0.0)
-    slow = worker("slow", latency_s=1.0, load=idle)
-    assert order(slow, worker("quick", latency_s=0.1, in_flight=3, load=idle)) == ["quick", "slow"]
-    assert order(slow, worker("quick", latency_s=0.1, in_flight=4, load=idle)) == ["slow", "quick"]
+    slow = worker("slow", slowness=10, load=idle)
+    assert order(slow, worker("quick", in_flight=5, load=idle)) == ["quick", "slow"]
+    assert order(slow, worker("quick", in_flight=6, load=idle)) == ["slow", "quick"]
 
 
-def test_a_worker_that_nothing_is_known_of_is_tried() -> None:
-    assert order(worker("known", latency_s=0.002), worker("new")) == ["new", "known"]
+def test_a_little_slower_is_as_good() -> None:
+    idle = EngineLoad(0, 0, 0.0)
+    assert order(worker("a", slowness=2.9, load=idle), worker("b", load=idle)) == ["a", "b"]
 
 
-@given(st.floats(min_value=0, allow_nan=False))
-def test_every_latency_has_a_score(latency_s: float) -> None:
-    assert 0 <= quickness(worker("a", latency_s=latency_s)) <= 1
-
-
-def test_a_worker_that_is_not_ready_stays_a_candidate_and_comes_last_with_its_reason() -> None:
-    ranking = rank([worker("dead", ready=False), worker("full", in_flight=99)])
-    assert [(candidate.worker_id, candidate.reason) for candidate in ranking] == [
-        ("full", "ready"),
-        ("dead", "refused"),
-    ]
+@given(st.floats(min_value=0, allow_nan=False, allow_subnormal=False))
+def test_every_slowness_has_a_score(slowness: float) -> None:
+    assert 0 <= quickness(worker("a", slowness=slowness)) <= 1

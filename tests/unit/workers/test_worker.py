@@ -152,19 +152,6 @@ def test_only_a_worker_that_returns_starts_slowly() -> None:
     assert transitions.proven(transitions.refused(first, "gone"), 9.0).ready_since == 9.0
 
 
-def test_latency_follows_what_is_seen_and_fades_when_nothing_is() -> None:
-    worker = pool(State.READY)[0]
-    worker.took(0.1)
-    assert worker.latency_s == 0.1
-    for _ in range(20):
-        worker.took(1.0)
-    assert worker.latency_s == pytest.approx(1.0, rel=0.01)
-    worker.fade()
-    assert worker.latency_s == pytest.approx(1.0, rel=0.01)
-    worker.fade()
-    assert worker.latency_s == pytest.approx(transitions.LATENCY_FADING, rel=0.01)
-
-
 def test_the_load_in_a_real_metrics_page() -> None:
     page = (Path(__file__).parents[2] / "wire" / "get_metrics.http").read_text(errors="replace")
     assert parse_engine_load(page) == EngineLoad(running=0, waiting=0, kv_usage=0.0, generated=519)
