@@ -219,6 +219,6 @@ class Worker:
 
     @property
     def slowness(self) -> float:
-        """How many times the latency of its pool's quickest worker it has: at least 1, and 1 while either is unknown."""
+        """How many times the latency of its pool's quickest worker it has; at least 1, also while one is unknown."""
         quickest_s = self.pace.quickest_s
         return max(1.0, self.latency_s / max(quickest_s, QUICK_S)) if quickest_s else 1.0

@@ -166,15 +166,6 @@ def attempts(workers: tuple[FakeWorker, ...], nonce: str) -> list[int]:
     return [sum(f'"{nonce}"'.encode() in received.request.body for received in worker.requests) for worker in workers]
 
 
-@pytest.mark.parametrize("fault", ["busy_503", "429:3"])
-async def test_a_request_that_no_worker_has_room_for_waits_to_the_end_of_its_patience(
-    short: ShortTempered, fault: str
-) -> None:
-    answer = await short.gateway.http.post(CHAT, json=chat(x_fault=fault))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_timeout")
-    assert 1 <= int(answer.headers["retry-after"]) <= 60
-
-
 async def test_a_failure_everywhere_ends_after_two_attempts(house: House) -> None:
     answer = await house.gateway.http.post(CHAT, json=chat(model="pair", nonce="twice", x_fault="die_before_byte"))
     assert answer.status_code == 502
