@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
@@ -132,6 +132,25 @@ async def test_silence_before_the_first_byte() -> None:
     async with Script(OK[:10]).running(first_byte_timeout_s=0.05) as upstream:
         with pytest.raises(UpstreamTimeout):
             await read_all(upstream)
+
+
+async def test_headers_that_dribble_are_no_first_byte() -> None:
+    async def dribble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK)
+        with suppress(ConnectionError):
+            while not reader.at_eof():
+                writer.write(b"x: y\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        writer.close()
+
+    server = await asyncio.start_server(dribble, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    upstream = Upstream(WorkerAddress("w", "127.0.0.1", port, "m", 1), Limits(first_byte_timeout_s=0.1))
+    async with server, asyncio.timeout(5):
+        with pytest.raises(UpstreamTimeout):
+            await read_all(upstream)
+    upstream.close()
 
 
 async def test_silence_inside_an_answer() -> None:
