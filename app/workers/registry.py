@@ -79,14 +79,16 @@ class Registry:
     def _learn(self, worker: Worker, latency_s: float) -> None:
         worker.latency_s = latency_s
         worker.is_latency_fresh = True
-        worker.pace.quickest_s = _quickest_s(self._pool_of(worker))
+        pool = self._pool_of(worker)
+        if len(pool) > 1:  # with one there is nobody to compare it with
+            worker.pace.quickest_s = _quickest_s(pool)
 
     def _pool_of(self, worker: Worker) -> tuple[Worker, ...]:
         return self._pools[worker.variant.public_name]
 
 
 def _quickest_s(workers: Iterable[Worker]) -> float:
-    return min((worker.latency_s for worker in workers if worker.latency_s), default=0.0)
+    return min([worker.latency_s for worker in workers if worker.latency_s], default=0.0)
 
 
 def _pool(variant: Variant) -> tuple[Worker, ...]:
