@@ -135,6 +135,8 @@ async def test_silence_before_the_first_byte() -> None:
 
 
 async def test_headers_that_dribble_are_no_first_byte() -> None:
+    ended = asyncio.Event()
+
     async def dribble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(OK)
         with suppress(ConnectionError):
@@ -143,6 +145,7 @@ async def test_headers_that_dribble_are_no_first_byte() -> None:
                 await writer.drain()
                 await asyncio.sleep(0.01)
         writer.close()
+        ended.set()
 
     server = await asyncio.start_server(dribble, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -150,6 +153,7 @@ async def test_headers_that_dribble_are_no_first_byte() -> None:
     async with server, asyncio.timeout(5):
         with pytest.raises(UpstreamTimeout):
             await read_all(upstream)
+        await ended.wait()
     upstream.close()
 
 
