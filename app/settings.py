@@ -93,6 +93,7 @@ class Model(Part):
 
     name: str
     policy: Literal["balanced"] = Field("balanced", description="the least loaded worker among all listed variants")
+    resume: bool = Field(False, description="go on with a broken plain-text stream on another worker of its variant")
     variants: tuple[Variant, ...] = Field(min_length=1)
 
     @field_validator("name")
@@ -128,6 +129,10 @@ class Relay(Part):
     client_stall_timeout_s: float = Field(30, gt=0, le=3600, description="longest time a client may not read")
     idle_connections_per_worker: int = Field(256, ge=0, le=65536)
     keepalive_s: float = Field(4, gt=0, le=300, description="below the worker's own keep-alive, vLLM's default is 5 s")
+    resumes_per_stream: int = Field(1, ge=0, le=4, description="times that one stream of a resumable model may go on")
+    resume_max_tokens: int = Field(
+        32_768, ge=1, le=1_048_576, description="prompt and answer; longer streams are not resumed (4 bytes a token)"
+    )
 
 
 class Limits(Part):
