@@ -19,7 +19,7 @@ from tests.integration.gateway.wire import connected, dechunked
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-GAP_S = 0.5
+GAP_S = 1.0
 WORDS = ["één", " 漢字", " three", ",", " four", " 🙂"]
 TEXT = "".join(WORDS)
 USAGE = {"include_usage": True}
@@ -59,7 +59,7 @@ async def _shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hou
         ]
         directory = tmp_path_factory.mktemp("resume")
         house.gateway = await stack.enter_async_context(
-            GatewayProcess(directory, models, relay={"gap_timeout_s": GAP_S})
+            GatewayProcess(directory, models, admission={"no_worker_timeout_s": 0.3}, relay={"gap_timeout_s": GAP_S})
         )
         yield house
 
@@ -72,6 +72,11 @@ async def home(_shared: House) -> AsyncIterator[House]:
         worker.heal()
         worker.resume()
     await _shared.gateway.idle()
+
+
+def lost(body: dict[str, Any], fault: str) -> dict[str, Any]:
+    """The same request, whose first worker has `fault`, whichever that is; a continuation carries no metadata."""
+    return {**body, "metadata": {"x_fault": fault}}
 
 
 async def stream(url: str, path: str, body: dict[str, Any]) -> tuple[list[Event], bool, str]:
@@ -105,20 +110,23 @@ async def counted(home: House, before: dict[str, float], outcome: str) -> None:
         await home.gateway.metric("sluice_resumes_total", before[each] + (each == outcome), outcome=each)
 
 
-@pytest.mark.parametrize("fault", ["die_after", "reset_after", "half_event", "error_event", "hang_after"])
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        *((name, fault) for name in BODIES for fault in ("die_after", "reset_after", "half_event", "error_event")),
+        ("chat", "hang_after"),
+    ],
+)
 async def test_a_broken_stream_goes_on_as_if_nothing_had_happened(home: House, name: str, fault: str) -> None:
     path, body = BODIES[name]
     expected = await whole(home, path, body)
     before, tokens = await outcomes(home), (await home.gateway.scrape()).sum("sluice_generation_tokens_total")
-    home.pair[0].inject(f"{fault}:4", times=1)
-    got, in_order, told = await stream(home.gateway.url, path, {**body, "stream_options": USAGE})
+    got, in_order, told = await stream(home.gateway.url, path, lost({**body, "stream_options": USAGE}, f"{fault}:4"))
     assert got == expected
     assert (in_order, told) == (True, "armed")
     await counted(home, before, "resumed")
     usage = expected[-2].json["usage"]
     await home.gateway.metric("sluice_generation_tokens_total", tokens + usage["completion_tokens"])
-    assert home.pair[1].requests[-1].request.path == COMPLETIONS
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -129,8 +137,7 @@ async def test_wherever_it_is_cut(home: House, name: str) -> None:
     first = 2 if path == CHAT else 1
     last = next(number for number, event in enumerate(expected) if '"finish_reason":"' in event.data)
     for cut in range(first, last + 1):
-        home.pair[0].inject(f"die_after:{cut}", times=1)
-        got, in_order, _ = await stream(home.gateway.url, path, body)
+        got, in_order, _ = await stream(home.gateway.url, path, lost(body, f"die_after:{cut}"))
         assert (got, in_order) == (shown, True)
 
 
@@ -141,19 +148,18 @@ async def test_what_has_not_begun_or_has_finished_does_not_go_on(home: House, fa
     """Before its first token there is nothing to go on from, and after a finish reason nothing to go on with."""
     path, body = BODIES[name]
     expected = await whole(home, path, body)
-    before, seen = await outcomes(home), home.pair[1].counts.seen
-    home.pair[0].inject(fault, times=1)
-    got, in_order, told = await stream(home.gateway.url, path, {**body, "stream_options": USAGE})
+    before, seen = await outcomes(home), sum(worker.counts.seen for worker in home.pair)
+    got, in_order, told = await stream(home.gateway.url, path, lost({**body, "stream_options": USAGE}, fault))
     assert got[:-1] == expected[: len(got) - 1]
     assert (got[-1].json["error"]["code"], in_order, told) == ("worker_lost", False, "armed")
     await counted(home, before, "not_possible")
-    assert home.pair[1].counts.seen == seen
+    assert sum(worker.counts.seen for worker in home.pair) == seen + 1
 
 
 async def test_without_another_worker_it_ends_as_it_always_did(home: House) -> None:
     before = await outcomes(home)
-    home.lone.inject("die_after:4", times=1)
-    got, in_order, told = await stream(home.gateway.url, CHAT, chat(TEXT, model="lone", temperature=0))
+    body = lost(chat(TEXT, model="lone", temperature=0), "die_after:4")
+    got, in_order, told = await stream(home.gateway.url, CHAT, body)
     assert [event.json["choices"][0]["delta"].get("content") for event in got[1:-1]] == WORDS[:3]
     assert (got[-1].json["error"]["code"], in_order, told) == ("worker_lost", False, "armed")
     await counted(home, before, "not_possible")
@@ -164,9 +170,9 @@ async def test_a_continuation_that_fails_ends_the_stream(home: House, fault: str
     path, body = BODIES["chat"]
     expected = await whole(home, path, body)
     before = await outcomes(home)
-    home.pair[0].inject("die_after:4", times=1)
-    home.pair[1].inject(fault)
-    got, in_order, _ = await stream(home.gateway.url, path, body)
+    for worker in home.pair:
+        worker.inject(fault)
+    got, in_order, _ = await stream(home.gateway.url, path, lost(body, "die_after:4"))
     assert got[:4] == expected[:4]
     assert (len(got), got[-1].json["error"]["code"], in_order) == (5, "worker_lost", False)
     await counted(home, before, "failed")
@@ -176,9 +182,9 @@ async def test_a_second_loss_is_not_resumed(home: House) -> None:
     path, body = BODIES["chat"]
     expected = await whole(home, path, body)
     before = await outcomes(home)
-    home.pair[0].inject("die_after:3", times=1)
-    home.pair[1].inject("die_after:2", times=1)
-    got, in_order, _ = await stream(home.gateway.url, path, body)
+    for worker in home.pair:
+        worker.inject("die_after:2")
+    got, in_order, _ = await stream(home.gateway.url, path, lost(body, "die_after:3"))
     assert got[:5] == expected[:5]
     assert (len(got), got[-1].json["error"]["code"], in_order) == (6, "worker_lost", False)
     after = await outcomes(home)
@@ -190,9 +196,9 @@ async def test_another_answer_is_not_taken_for_the_rest(home: House) -> None:
     path, body = BODIES["stop string"]
     await whole(home, path, body)
     before = await outcomes(home)
-    home.pair[0].inject("die_after:6", times=1)
-    home.pair[1].inject("split_utf8", times=1)  # puts other words in front
-    got, in_order, _ = await stream(home.gateway.url, path, body)
+    for worker in home.pair:
+        worker.inject("split_utf8")  # puts other words in front
+    got, in_order, _ = await stream(home.gateway.url, path, lost(body, "die_after:5"))
     assert (got[-1].json["error"]["code"], in_order) == ("worker_lost", False)
     await counted(home, before, "failed")
 
@@ -200,22 +206,26 @@ async def test_another_answer_is_not_taken_for_the_rest(home: House) -> None:
 async def test_a_client_that_leaves_after_the_resume_is_noticed(home: House) -> None:
     path, body = BODIES["chat"]
     await whole(home, path, body)
-    aborted = home.pair[1].counts.aborted
-    home.pair[0].inject("die_after:3", times=1)
-    home.pair[1].inject("hang_after:2", times=1)
+    for worker in home.pair:
+        worker.inject("hang_after:2")
     async with connected(home.gateway.url) as wire:
-        await wire.post(path, {**body, "stream": True})
-        await wire.until(WORDS[3].encode())
-    await home.pair[1].aborted(aborted + 1, timeout_s=1)
+        await wire.post(path, lost({**body, "stream": True}, "die_after:3"))
+        await wire.until(WORDS[2].encode())
+        assert sum(worker.counts.open for worker in home.pair) == 1
+    for worker in home.pair:
+        await worker.wait_for(open=0, timeout_s=GAP_S / 2)
     await home.gateway.idle()
 
 
 async def test_the_official_client_reads_one_answer(home: House) -> None:
     await whole(home, CHAT, BODIES["chat"][1])
-    home.pair[0].inject("die_after:4", times=1)
     async with openai.AsyncOpenAI(base_url=f"{home.gateway.url}/v1", api_key="none", max_retries=0) as client:
         chunks = await client.chat.completions.create(
-            model="pair", messages=[{"role": "user", "content": TEXT}], temperature=0, stream=True
+            model="pair",
+            messages=[{"role": "user", "content": TEXT}],
+            temperature=0,
+            stream=True,
+            metadata={"x_fault": "die_after:4"},
         )
         read = [chunk async for chunk in chunks]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in read) == TEXT
@@ -226,10 +236,10 @@ async def test_no_token_ids_are_shown_that_nobody_asked_for(home: House) -> None
     path, body = BODIES["chat"]
     got, _, told = await stream(home.gateway.url, path, body)
     assert told == "armed"
-    assert home.pair[0].requests[-1].body["return_token_ids"] is True
+    assert any(worker.requests[-1].body.get("return_token_ids") for worker in home.pair if worker.requests)
     assert not any('token_ids":[' in event.data for event in got)
-    direct, _, _ = await stream(home.pair[0].url, path, body)
-    assert got == direct
+    direct, _, _ = await stream(home.pair[0].url, path, {**body, "stream_options": USAGE})
+    assert got == [event for event in direct if event.data == DONE or event.json["choices"]]
 
 
 @pytest.mark.parametrize(
@@ -245,8 +255,11 @@ async def test_what_cannot_go_on_says_why_and_is_left_alone(home: House, fields:
 
 async def test_other_models_are_not_resumed(home: House) -> None:
     before = await outcomes(home)
-    home.plain[0].inject("die_after:4", times=1)
-    got, in_order, told = await stream(home.gateway.url, CHAT, chat(TEXT, model="plain", temperature=0))
+    body = lost(chat(TEXT, model="plain", temperature=0), "die_after:4")
+    got, in_order, told = await stream(home.gateway.url, CHAT, body)
     assert (got[-1].json["error"]["code"], in_order, told) == ("worker_lost", False, "")
-    assert "return_token_ids" not in home.plain[0].requests[-1].body
+    asked = [received.body for worker in home.plain for received in worker.requests if "metadata" in received.body]
+    assert [set(body) for body in asked] == [
+        {"model", "messages", "temperature", "metadata", "stream", "stream_options"}
+    ]
     assert await outcomes(home) == before
