@@ -32,18 +32,26 @@ class Wire:
         self._server.close()
         for writer in self._near:
             writer.transport.abort()
-        while self._near:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while self._near:
+                await asyncio.sleep(0.01)
 
     async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._near.add(writer)
+        try:
+            await self._connect(reader, writer)
+        except OSError:  # the worker is gone
+            writer.transport.abort()
+        finally:
+            self._near.discard(writer)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
         both = [asyncio.create_task(_pump(reader, far_writer)), asyncio.create_task(self._answers(far_reader, writer))]
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         far_writer.transport.abort()
         writer.transport.abort()
         await asyncio.gather(*both, return_exceptions=True)
-        self._near.discard(writer)
 
     async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answer = b""
