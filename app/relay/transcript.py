@@ -20,11 +20,9 @@ from app.errors import WorkerLost
 TAIL_MAX_CHARS = 16_384
 
 
-class Diverged(WorkerLost):
-    """The next worker generates another text than the one that the client has the beginning of."""
-
-    def __init__(self) -> None:
-        super().__init__("The worker was lost, and no other one went on with the same answer.")
+def diverged() -> WorkerLost:
+    """The error for a worker that generates another text than the one that the client has the beginning of."""
+    return WorkerLost("The worker was lost, and no other one went on with the same answer.")
 
 
 class Seam(NamedTuple):
@@ -75,7 +73,7 @@ class Transcript:
             self._check_size()
 
     def add(self, tokens: Sequence[int], text: str) -> str:
-        """Note one chunk; returns what of its text the client does not have yet. Raises Diverged."""
+        """Note one chunk; returns what of its text the client does not have yet. Raises WorkerLost where it is another text."""
         start, self._said = self._said, self._said + len(text)
         fresh = text if start >= self._shown else self._beyond_tail(start, text)
         self._shown += len(fresh)
@@ -112,7 +110,7 @@ class Transcript:
         known = self._tail[start - self._tail_start :]
         common = min(len(known), len(text))
         if text[:common] != known[:common]:
-            raise Diverged
+            raise diverged()
         return text[common:]
 
     def _advance(self) -> None:

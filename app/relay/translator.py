@@ -16,7 +16,7 @@ from app.errors import WorkerLost
 from app.inference import Route
 from app.relay.dialect import DONE
 from app.relay.sse import data_of
-from app.relay.transcript import Diverged, Transcript
+from app.relay.transcript import Transcript, diverged
 
 CHUNK_OBJECTS = {Route.CHAT: "chat.completion.chunk", Route.COMPLETIONS: "text_completion"}
 
@@ -86,12 +86,12 @@ class Translator:
     def translate(self, event: bytes) -> bytes:
         """What the client gets of one event, empty for nothing.
 
-        Raises WorkerLost for an error of the worker's own, and Diverged.
+        Raises WorkerLost for an error of the worker's own, and for a text that is not the one begun.
         """
         data = data_of(event)
         if not data or data == DONE:
             if data and self._transcript.lags:
-                raise Diverged
+                raise diverged()
             return event
         try:
             chunk = _decode_chunk(data)
@@ -153,7 +153,7 @@ class Translator:
         fresh = self._transcript.add(choice.token_ids or (), choice.text or "")
         if choice.finish_reason is not None:
             if self._transcript.lags:
-                raise Diverged
+                raise diverged()
             self._transcript.close("finished")
         elif not fresh:
             return None
