@@ -73,7 +73,10 @@ class Transcript:
             self._check_size()
 
     def add(self, tokens: Sequence[int], text: str) -> str:
-        """Note one chunk; returns what of its text the client does not have yet. Raises WorkerLost where it is another text."""
+        """Note one chunk; returns what of its text the client does not have yet.
+
+        Raises WorkerLost where it is another text than the client's.
+        """
         start, self._said = self._said, self._said + len(text)
         fresh = text if start >= self._shown else self._beyond_tail(start, text)
         self._shown += len(fresh)
