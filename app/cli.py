@@ -88,8 +88,8 @@ def engine_options(command: Command) -> Command:
     options = [
         click.option("--engine", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                      help="Build of vLLM; auto takes the GPU where there is one with a vLLM installed."),
-        click.option("--max-model-len", type=click.IntRange(min=1), default=2048, show_default=True,
-                     help="Longest prompt plus answer, in tokens."),
+        click.option("--max-model-len", type=click.IntRange(min=1),
+                     help="Longest prompt plus answer, in tokens.  [default: 2048, or what the model can]"),
         click.option("--kv-cache-bytes", type=click.IntRange(min=1), default=None,
                      help="Memory of one worker's KV cache.  [default: 128 MiB on a CPU, what is left on a GPU]"),
         click.option("--max-num-seqs", type=click.IntRange(min=1), default=8, show_default=True,
@@ -165,6 +165,7 @@ def worker(home: Path | None, engine: str, cores: str, vllm_arguments: tuple[str
         from app.launcher.processes import WorkerOptions, worker_arguments, worker_environment
     machine = inspect_machine()
     choice = require_installed(choose_engine(engine_named(engine), home_at(home), machine))
+    given = {name: value for name, value in given.items() if value is not None}
     options = WorkerOptions(cores=core_ids(cores), extra=vllm_arguments, **given)
     arguments = worker_arguments(choice.python, options, choice.engine, machine)
     environment = worker_environment(choice.python, options, choice.engine, machine, os.environ)

@@ -23,7 +23,8 @@ TTFT_RATE = 200
 """Requests per second of the open loop that measures added TTFT."""
 CHUNK_RATE = 6_000
 """Chunks per second of the open loop that measures added inter-token delay."""
-
+DIRECT_P99_MS = 5.0
+"""A direct reading above this says that other work has the cores; what a target adds to it would be noise."""
 STREAM = ChatRequest(1_000, 64, stream=True)
 """What a chunk's cost is measured with; the request's own cost, spread over its chunks, is in it."""
 STREAM_ITL_MS = 32.0
@@ -190,6 +191,9 @@ class Visit:
     def _compare(
         self, direct_ns: Sequence[int], through_ns: Sequence[int], direct: Figure, added: Figure, q: float
     ) -> None:
+        if percentile(direct_ns, 0.99) > DIRECT_P99_MS * 1e6:
+            alone = f"p99 of {percentile(direct_ns, 0.99) / 1e6:.0f} ms straight to the worker"
+            raise LoadError(f"{alone}: the machine is too busy to tell")
         alone_ns = percentile(direct_ns, q)
         self._findings.add(direct, alone_ns / 1e6)
         self._findings.add(added, (percentile(through_ns, q) - alone_ns) / 1e6)

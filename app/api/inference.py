@@ -7,6 +7,7 @@ import time
 from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
+from app.api.protocol import CONNECTION
 from app.api.responses import send_reply
 from app.inference import InferenceRequest, Route
 from app.runtime import Runtime
@@ -23,7 +24,7 @@ class InferenceRoutes:
         arrived = time.monotonic()
         runtime: Runtime = scope["state"]["runtime"]
         body = await read_body(scope, receive, runtime.settings.limits)
-        async with ClientWatch(receive, send, runtime.settings.relay.client_stall_timeout_s) as client:
+        with ClientWatch(scope[CONNECTION], send, runtime.settings.relay.client_stall_timeout_s) as client:
             request = InferenceRequest.parse(
                 body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived
             )

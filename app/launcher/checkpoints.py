@@ -32,6 +32,7 @@ class Checkpoint:
     directory: Path
     weights_bytes: int
     quantization: str | None
+    context_length: int | None
     manifest: Path | None
 
     @property
@@ -103,6 +104,7 @@ def read_checkpoint(directory: Path, model: str) -> Checkpoint:
         directory=directory,
         weights_bytes=sum(file.stat().st_size for file in weights),
         quantization=quantization,
+        context_length=_context_length(config),
         manifest=path if manifest else None,
     )
 
@@ -152,6 +154,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise LaunchError(f"{path}: an object is expected")
     return config
+
+
+def _context_length(config: dict[str, Any]) -> int | None:
+    """The longest input the model knows, in tokens, for plain language models."""
+    length = config.get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def _quantization(config: dict[str, Any]) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 TAIL_BYTES = 256 * 1024
@@ -18,6 +19,8 @@ PREFIX = re.compile(
     r"(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\] ?)?"
 )
 EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Za-z_]*(?:Error|Exception|Exit|Interrupt)(?:: .+|$)")
+FRAME = re.compile(r'^File ".*", line \d+')
+MARKS = re.compile(r"^[\^~]+$")
 USAGE_ERROR = re.compile(r"^\S+: error: ")
 # These only say that something else went wrong.
 SECONDARY = re.compile(
@@ -43,21 +46,42 @@ def plain(line: str) -> str:
     return PREFIX.sub("", COLOUR.sub("", line)).strip()[:SHOWN_CHARS]
 
 
-def telling_line(lines: Iterable[str]) -> str | None:
+def telling_line(lines: Sequence[str]) -> str | None:
     """The root cause: the first exception that is no echo of another, else a usage error, else the last line.
 
     Multi-process engines report one failure several times, the cause first and ever vaguer wrappings after it.
     """
-    texts = [text for text in map(plain, lines) if text]
-    exceptions = [text for text in texts if EXCEPTION.match(text)]
-    causes = [text for text in exceptions if not SECONDARY.search(text)]
-    usage = [text for text in texts if USAGE_ERROR.match(text)]
+    texts = [plain(line) for line in lines]
+    exceptions = [index for index, text in enumerate(texts) if EXCEPTION.match(text)]
+    causes = [index for index in exceptions if not SECONDARY.search(texts[index])]
+    usage = [index for index, text in enumerate(texts) if USAGE_ERROR.match(text)]
     for found in (causes, usage, exceptions):
         if found:
-            return found[0]
-    return texts[-1] if texts else None
+            return _record(lines[found[0] :])
+    return next((text for text in reversed(texts) if text), None)
+
+
+def _record(lines: Sequence[str]) -> str:
+    """The first line, with those that the same logging call wrote after it: they repeat its prefix."""
+    prefix = _prefix(lines[0])
+    same = takewhile(lambda line: prefix and _prefix(line) == prefix, lines[1:])
+    following = takewhile(lambda text: not EXCEPTION.match(text), map(plain, same))
+    return " ".join([plain(lines[0]), *following])[:SHOWN_CHARS]
+
+
+def _prefix(line: str) -> str:
+    match = PREFIX.match(COLOUR.sub("", line))
+    return match.group() if match else ""
 
 
 def last_lines(lines: Iterable[str], count: int = SHOWN_LINES) -> list[str]:
-    """The last lines worth a look, as plain text."""
-    return list(deque((text for text in map(plain, lines) if text), maxlen=count))
+    """The last lines worth a look, as plain text: the frames of a traceback are for those who open the log."""
+    kept: deque[str] = deque(maxlen=count)
+    is_source = False
+    for text in map(plain, lines):
+        is_frame = FRAME.match(text) is not None
+        is_source = is_source and not EXCEPTION.match(text)
+        if text and not (is_frame or is_source or MARKS.match(text)):
+            kept.append(text)
+        is_source = is_frame
+    return list(kept)

@@ -1,7 +1,7 @@
 """Virtual environments: vLLM, llm-compressor and the gateway want different versions of the same libraries.
 
-Also runs as `python -m app.launcher.environments PYTHON LOCK PROJECT`, which installs a lock and the project itself into
-an environment that exists; the Makefile makes the gateway's own with it. Only the standard library is needed for that.
+Also runs as `python -m app.launcher.environments PYTHON LOCK PROJECT`, which installs a lock and the project into an
+environment that exists; the Makefile makes the gateway's own with it. Only the standard library is needed for that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Run = Callable[[list[str], Mapping[str, str]], None]
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """One virtual environment. `unpacked_bytes` is what its installation writes, as measured with an empty cache."""
+    """One virtual environment. Both sizes as measured; what an earlier environment has brought is not counted again."""
 
     name: str
     purpose: str
@@ -39,9 +39,12 @@ class Environment:
     download_bytes: int
 
 
-WORKER_CPU = Environment("worker-cpu", "vLLM for this CPU", "worker-cpu.txt", 2_300_000_000, 620_000_000)
-RECIPES = Environment("recipes", "llm-compressor", "recipes.txt", 1_400_000_000, 360_000_000)
+WORKER_CPU = Environment("worker-cpu", "vLLM for this CPU", "worker-cpu.txt", 2_100_000_000, 490_000_000)
+RECIPES = Environment("recipes", "llm-compressor", "recipes.txt", 1_300_000_000, 80_000_000)
 BUNDLED_MODEL_LOCK = "smollm2.txt"
+# In the process environment of what runs from these: Python may keep its bytecode there, whatever holds elsewhere.
+# vLLM imports some thousand modules in each of three processes, 27 s with bytecode and 47 s without (measured).
+KEEP_BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +147,9 @@ class Installer:
         self._uv(run, *install, "--no-deps", "--editable", str(project))
 
     def _install(self, python: Path, environment: Environment, run: Run) -> None:
-        # Compiled ahead: vLLM imports some thousand modules in each of its three processes, and where Python may not
-        # write its own cache every start compiles them again (27 s instead of 47 s to the first token, measured).
-        options = ("--compile-bytecode", *self._sources.arguments(), *self._sources.torch_arguments())
+        # Not compiled ahead: that takes a minute for 20,000 files, and a first start compiles the ones it needs in ten
+        # seconds, as long as it may keep them (`KEEP_BYTECODE`).
+        options = (*self._sources.arguments(), *self._sources.torch_arguments())
         locks = ("--override", str(self._locks / OVERRIDES), "-r", str(self._locks / environment.lock))
         self._uv(run, "pip", "install", "--python", str(python), *options, *locks)
 

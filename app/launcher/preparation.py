@@ -13,7 +13,7 @@ from typing import Any
 from app.errors import ConfigurationError, LaunchError
 from app.launcher.checkpoints import DENSE, DOWNLOAD, Base, Checkpoint, find_made, find_root, guess_weights_bytes
 from app.launcher.command import ProgressReader, run_command
-from app.launcher.environments import RECIPES, Environment, Installer, Run
+from app.launcher.environments import KEEP_BYTECODE, RECIPES, Environment, Installer, Run
 from app.launcher.home import Home, locked, make_directory, staged
 from app.launcher.machine import require_disk
 from app.launcher.progress import Step, Steps
@@ -139,7 +139,7 @@ class Workshop:
         with tempfile.TemporaryDirectory(prefix="sluice-") as path:
             Path(path, PACKAGE.name).symlink_to(PACKAGE)
             try:
-                run_command(arguments, {"PYTHONPATH": path}, self._log, on_line=reader.read)
+                run_command(arguments, {"PYTHONPATH": path, **KEEP_BYTECODE}, self._log, on_line=reader.read)
             except LaunchError as error:
                 raise LaunchError(reader.error or str(error)) from None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from app.launcher.environments import KEEP_BYTECODE
 from app.launcher.machine import Machine
 from app.settings import Listen
 
@@ -117,7 +118,7 @@ def worker_environment(
     """The environment of a vLLM worker: `environ`, without what would contradict the flags, and our additions."""
     # This legacy variable counts whole GiB and overrides the exact number of bytes.
     kept = {name: value for name, value in environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
-    kept |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)}
+    kept |= KEEP_BYTECODE | {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)}
     if Path(options.checkpoint).exists():
         kept["HF_HUB_OFFLINE"] = "1"
     if engine is Engine.CPU:
@@ -135,10 +136,10 @@ def _preload(python: Path, machine: Machine, environ: Mapping[str, str]) -> str:
     return ":".join([*map(str, chosen), *filter(None, [environ.get("LD_PRELOAD")])])
 
 
-def worker_memory(weights_bytes: int, options: WorkerOptions, machine: Machine) -> int:
+def worker_memory(weights_bytes: int, kv_cache_bytes: int | None, machine: Machine) -> int:
     """Bytes of memory that a CPU worker takes: weights are stored in two bytes and widened to four without bfloat16."""
     widening = 1 if machine.computes_bfloat16 else 2
-    return ENGINE_BYTES + widening * weights_bytes + (options.kv_cache_bytes or DEFAULT_KV_CACHE_BYTES)
+    return ENGINE_BYTES + widening * weights_bytes + (kv_cache_bytes or DEFAULT_KV_CACHE_BYTES)
 
 
 def valkey(server: Path, socket: Path, log: Path, environ: Mapping[str, str]) -> ProcessSpec:

@@ -101,7 +101,7 @@ class Supervisor:
         self._settled = False
         self._stages: list[list[asyncio.Task[None]]] = []
         self._running: dict[str, RunningProcess] = {}
-        self._failed: asyncio.Future[ProcessFailed] = asyncio.get_running_loop().create_future()
+        self._failed: asyncio.Future[LaunchError] = asyncio.get_running_loop().create_future()
 
     async def start(self, *specs: ProcessSpec) -> None:
         """Starts processes side by side; they are stopped before whatever was started earlier."""
@@ -114,7 +114,7 @@ class Supervisor:
     def settled(self) -> None:
         self._settled = True
 
-    async def failed(self) -> ProcessFailed:
+    async def failed(self) -> LaunchError:
         """Waits for the failure that ends the start; every caller gets the same."""
         return await asyncio.shield(self._failed)
 
@@ -148,6 +148,8 @@ class Supervisor:
                 self._say(f"{failure}; starting it again in {wait_s:.0f} s")
                 await asyncio.sleep(wait_s)
                 self._running[spec.name] = await RunningProcess.start(spec)
+        except OSError as error:
+            self._fail(LaunchError(f"{spec.name}: {error.strerror or error}"))
         finally:
             await self._running.pop(spec.name).stop()
 
@@ -161,7 +163,7 @@ class Supervisor:
         finally:
             ended.cancel()
 
-    def _fail(self, failure: ProcessFailed) -> None:
+    def _fail(self, failure: LaunchError) -> None:
         if not self._failed.done():
             self._failed.set_result(failure)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +23,15 @@ from app.launcher.home import Home, locked, make_directory
 from app.launcher.machine import Machine, inspect_machine, require_memory, shares
 from app.launcher.network import GivenWorker, free_port, identify, require_free
 from app.launcher.preparation import DEFAULT_VARIANTS, Workshop
-from app.launcher.processes import DEFAULT_MAX_NUM_SEQS, Engine, ProcessSpec, WorkerOptions, worker, worker_memory
+from app.launcher.processes import (
+    DEFAULT_MAX_MODEL_LEN,
+    DEFAULT_MAX_NUM_SEQS,
+    Engine,
+    ProcessSpec,
+    WorkerOptions,
+    worker,
+    worker_memory,
+)
 from app.launcher.progress import Steps
 from app.launcher.serving import SERVING_STEPS, Start, find_valkey, serve
 from app.settings import Settings, load_settings
@@ -110,8 +119,7 @@ def _engine_room(options: UpOptions, user: Mapping[str, Any]) -> EngineRoom:
     choice = choose_engine(options.engine, options.home, machine)
     if choice.engine is Engine.CPU and not options.prepare_only:
         names = options.variants or DEFAULT_VARIANTS
-        worker_options = _worker_options(options, "", "", 0)
-        need = worker_memory(guess_weights_bytes(base), worker_options, machine)
+        need = worker_memory(guess_weights_bytes(base), options.kv_cache_bytes, machine)
         require_memory(machine, len(names) * need, f"a vLLM worker for each of {base.model}:{', '.join(names)}")
     return EngineRoom(base, machine, choice)
 
@@ -144,7 +152,16 @@ def _own_worker(
     options: UpOptions, room: EngineRoom, checkpoint: Checkpoint, cores: tuple[int, ...], count: int
 ) -> tuple[ServedWorker, ProcessSpec]:
     port = free_port()
-    chosen = _worker_options(options, str(checkpoint.directory), checkpoint.public_name, port, cores, count)
+    chosen = WorkerOptions(
+        checkpoint=str(checkpoint.directory),
+        served_model=checkpoint.public_name,
+        port=port,
+        max_model_len=options.max_model_len or min(DEFAULT_MAX_MODEL_LEN, checkpoint.context_length or sys.maxsize),
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_bytes=options.kv_cache_bytes,
+        cores=cores,
+        gpu_memory_share=GPU_MEMORY_SHARE / count,
+    )
     log = options.logs / f"worker-{checkpoint.variant}.log"
     spec = worker(room.choice.python, chosen, room.choice.engine, room.machine, os.environ, log)
     served = ServedWorker(
@@ -157,21 +174,6 @@ def _own_worker(
         manifest=checkpoint.manifest,
     )
     return served, spec
-
-
-def _worker_options(
-    options: UpOptions, checkpoint: str, name: str, port: int, cores: tuple[int, ...] = (), count: int = 1
-) -> WorkerOptions:
-    return WorkerOptions(
-        checkpoint=checkpoint,
-        served_model=name,
-        port=port,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        kv_cache_bytes=options.kv_cache_bytes,
-        cores=cores,
-        gpu_memory_share=GPU_MEMORY_SHARE / count,
-    )
 
 
 def _write_config(

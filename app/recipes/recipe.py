@@ -54,11 +54,11 @@ def _value(parameter: Parameter, text: str | None) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
-    if isinstance(value, bool) is not isinstance(parameter.default, bool) or not isinstance(
-        value, type(parameter.default)
-    ):
-        kind = type(parameter.default).__name__
-        raise ConfigurationError(f"parameter {parameter.name!r} takes a value of type {kind}, not {text!r}")
+    kind = type(parameter.default)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigurationError(f"parameter {parameter.name!r} takes a value of type {kind.__name__}, not {text!r}")
     return value
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from tests.fakes.delivery import dump
 from tests.fakes.metrics_page import CONTENT_TYPE, Readings, render
-from tests.fakes.parsing import missing, read_json
+from tests.fakes.parsing import read_json
+from tests.fakes.refusals import missing
 from tests.fakes.server import Exchange
 from tests.fakes.state import BLOCK_SIZE, BLOCKS, State
 from tests.fakes.vocabulary import chat_pieces, pieces

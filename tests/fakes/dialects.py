@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -114,7 +115,7 @@ def _responses_steps(draft: Draft) -> Iterator[Event]:
     yield 1, "response.output_item.added", {"item": _message(draft, None, "in_progress"), "output_index": 0}
     yield 1, "response.content_part.added", {**place, "part": _part("", [])}
     for step, token in enumerate(choice.tokens, start=1):
-        if token.text:
+        if token.shows == "text" and token.text:
             yield step, "response.output_text.delta", {**place, "delta": token.text, "logprobs": []}
     last = len(choice.tokens)
     yield last, "response.output_text.done", {**place, "text": choice.text, "logprobs": []}
@@ -129,7 +130,7 @@ def messages_body(draft: Draft) -> Json:
     content: list[Json] = [{"type": "text", "text": choice.text}]
     if choice.tool_call is not None:
         call = {"type": "tool_use", "id": f"chatcmpl-tool-{draft.identity[-16:]}", "name": choice.tool_call.name}
-        content = [{**call, "input": {}}]
+        content = [{**call, "input": json.loads(choice.tool_call.arguments)}]
     return {
         "id": draft.identity,
         "type": "message",
@@ -180,7 +181,7 @@ def messages_events(draft: Draft) -> Iterator[Event]:
     yield 1, "message_start", {"type": "message_start", "message": start}
     yield 1, "content_block_start", {"type": "content_block_start", "content_block": block, "index": 0}
     for step, token in enumerate(choice.tokens, start=1):
-        if token.text:
+        if token.shows == "text" and token.text:
             delta = {"type": "text_delta", "text": token.text}
             yield step, "content_block_delta", {"type": "content_block_delta", "delta": delta, "index": 0}
     last = len(choice.tokens)

@@ -16,7 +16,8 @@ from tests.fakes.delivery import Cut, EventStream, dump, send_body
 from tests.fakes.engine import Timing
 from tests.fakes.faults import Faults, parse_faults
 from tests.fakes.generation import generate
-from tests.fakes.parsing import Body, Job, Refusal, bad_request, check_engine, parse_job, read_json, refusal
+from tests.fakes.parsing import Job, check_engine, parse_job, read_json
+from tests.fakes.refusals import Body, Refusal, bad_request, refusal
 from tests.fakes.server import Exchange
 from tests.fakes.state import BLOCK_SIZE, State
 

@@ -11,7 +11,7 @@ from tests.fakes.engine import Engine, PrefixCache, Timing
 from tests.fakes.faults import Faults, parse_faults
 from tests.fakes.metrics_page import Statistics
 from tests.fakes.observation import Observer
-from tests.fakes.parsing import refusal
+from tests.fakes.refusals import refusal
 from tests.fakes.server import Exchange, Header
 from tests.fakes.vocabulary import Vocabulary
 

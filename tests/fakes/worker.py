@@ -30,7 +30,7 @@ from tests.fakes.engine import Timing
 from tests.fakes.faults import parse_faults
 from tests.fakes.inference import Inference
 from tests.fakes.observation import Counts, Observer, Received
-from tests.fakes.parsing import Refusal, detail
+from tests.fakes.refusals import Refusal, detail
 from tests.fakes.server import Exchange, Server
 from tests.fakes.state import Options, State
 

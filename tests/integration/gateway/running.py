@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.fakes.worker import FakeWorker
 from tests.processes import Process, free_port
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 POLL_S = 0.01
 
 Settings = Mapping[str, Any]

@@ -50,6 +50,12 @@ class Wire:
         length = int(headers["content-length"])
         return int(status.split()[1]), headers, await asyncio.wait_for(self._reader.readexactly(length), READ_TIMEOUT_S)
 
+    @property
+    def port(self) -> int:
+        """Our end of the connection."""
+        port: int = self._writer.get_extra_info("sockname")[1]
+        return port
+
     def half_close(self) -> None:
         """Say that nothing more will be sent (FIN), and go on listening."""
         self._writer.write_eof()
