@@ -8,9 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 
 from tests.fakes.worker import FakeWorker
 from tests.processes import Valkey, free_port
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("sluice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sluice")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,11 @@ from app.routing.prefix_index import MAX_BLOCKS, REACH_BYTES, SAME_SIZE, Blocks,
 
 BLOCK = 16
 
-prompts = st.text("ab", max_size=200).map(str.encode)
+prompts = st.builds(
+    lambda blocks, rest: b"".join(blocks) + rest,
+    st.lists(st.sampled_from([b"a" * BLOCK, b"b" * BLOCK]), max_size=12),
+    st.sampled_from([b"", b"a", b"b" * (BLOCK - 1)]),
+)
 
 
 def index(capacity: int = 10_000, max_blocks: int = MAX_BLOCKS) -> PrefixIndex:
