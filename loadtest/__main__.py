@@ -79,8 +79,8 @@ def bench_command(
 
 @main.command("prefix")
 @click.option("--rounds", type=click.IntRange(1, 10), default=3, show_default=True, help="Rounds over the policies.")
-@click.option("--conversations", type=click.IntRange(2, 40), default=10, show_default=True)
-@click.option("--kv-mib", type=click.IntRange(64, 4096), default=256, show_default=True, help="Each worker's KV cache.")
+@click.option("--conversations", type=click.IntRange(2, 40), default=8, show_default=True)
+@click.option("--kv-mib", type=click.IntRange(64, 4096), default=128, show_default=True, help="Each worker's KV cache.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
 def prefix_command(rounds: int, conversations: int, kv_mib: int, output: Path | None) -> None:
     """Prefix-cache hits and TTFT by routing policy, on two real vLLM workers (5 GiB of memory, two cores)."""

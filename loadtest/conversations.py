@@ -19,8 +19,8 @@ class Workload:
         systems: how many system prompts there are; the conversations share them evenly.
     """
 
-    conversations: int = 10
-    turns: int = 8
+    conversations: int = 8
+    turns: int = 6
     systems: int = 3
     system_words: int = 150
     question_words: int = 70

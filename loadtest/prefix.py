@@ -50,7 +50,7 @@ class PrefixPlan:
     load: Workload = field(default_factory=Workload)
     rounds: int = 3
     concurrency: int = 4
-    kv_mib: int = 256
+    kv_mib: int = 128
 
 
 @dataclass
@@ -262,7 +262,7 @@ def section(seen: Mapping[str, Seen], plan: PrefixPlan, versions: Mapping[str, s
     where, load = circumstances(versions), plan.load
     listed = "".join(f"- {name}: {version}\n" for name, version in versions.items())
     return f"""\
-# What routing by prefix gains
+# What routing by prefix gains: {load.conversations} conversations, {plan.kv_mib} MiB of cache per worker
 
 Commit {where.commit}, {where.date}. {where.processor}, Linux {where.kernel}, Python {where.python}; load average at the
 end {where.load_average:.2f}. Read ratios: the machine was shared.
