@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from app.errors import InvalidValue, RequestTimeout, RequestTooLarge, UnsupportedMediaType
 from app.settings import Limits
@@ -70,6 +70,7 @@ class Connection(Protocol):
     """What a watch needs of the server's connection to the client."""
 
     on_disconnect: Callable[[], None] | None
+    paused_since: float | None
 
     def abort(self) -> None: ...
 
@@ -81,14 +82,12 @@ class ClientWatch:
     answers that don't. A client that does not read is disconnected.
     """
 
-    __slots__ = ("_cancelled", "_connection", "_send", "_sending_since", "_stall_s", "_task", "_timer")
+    __slots__ = ("_cancelled", "_connection", "_stall_s", "_task", "_timer")
 
-    def __init__(self, connection: Connection, send: Send, stall_s: float) -> None:
+    def __init__(self, connection: Connection, stall_s: float) -> None:
         self._connection = connection
-        self._send = send
         self._stall_s = stall_s
         self._cancelled = False
-        self._sending_since: float | None = None
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()
@@ -101,26 +100,16 @@ class ClientWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.ends()
+        self._connection.on_disconnect = None
+        self._timer.cancel()
         if self._cancelled:
             self._task.uncancel()
             if isinstance(error, asyncio.CancelledError):
                 raise ClientGone from None
 
-    async def send(self, message: Message) -> None:
-        """Send to the client, watching how long it takes: it waits when the client does not read."""
-        self._sending_since = self._task.get_loop().time()
-        await self._send(message)
-        self._sending_since = None
-
-    def ends(self) -> None:
-        """The answer is complete: a disconnect is no news from now on."""
-        self._connection.on_disconnect = None
-        self._timer.cancel()
-
     def _check_stall(self) -> None:
         loop = self._task.get_loop()
-        since = self._sending_since
+        since = self._connection.paused_since
         if since is not None and loop.time() - since >= self._stall_s:
             self._connection.abort()
         else:

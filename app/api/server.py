@@ -6,12 +6,14 @@ import functools
 import os
 import socket
 import tempfile
+from types import FrameType
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from app.api.app import create_app
 from app.api.protocol import ClientConnection
+from app.catalogue import Catalogue
 from app.errors import LaunchError
 from app.settings import Settings
 
@@ -20,8 +22,33 @@ KEEP_ALIVE_S = 75  # longer than any usual load balancer's, so that it is never 
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 
+class Server(uvicorn.Server):
+    """One process. A stop that was asked for is a good end, exit code 0, and asking twice is asking for it now.
+
+    uvicorn's own server would raise the signal again once it has stopped, and so die of it.
+    """
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+class Processes(Multiprocess):
+    """Several processes on the same sockets, replaced when they die."""
+
+    def terminate_all(self) -> None:
+        # Left open here, they would still take connections that no process accepts any more.
+        for bound in self.sockets:
+            bound.close()
+        super().terminate_all()
+
+
 def serve(settings: Settings) -> None:
-    """Serve until a signal says stop; open requests get `drain_timeout_s` to finish. Raises LaunchError."""
+    """Serve until a signal says stop; open requests get `drain_timeout_s` to finish.
+
+    Raises ConfigurationError or LaunchError, before anything is served.
+    """
+    Catalogue.of(settings.models)  # each process builds its own; what is wrong with it is better told once, here
     sockets = _bind_all(settings)
     config = uvicorn.Config(
         functools.partial(create_app, settings),
@@ -40,14 +67,14 @@ def serve(settings: Settings) -> None:
     )
     try:
         if settings.listen.processes == 1:
-            server = uvicorn.Server(config)
+            server = Server(config)
             server.run(sockets)
             if not server.started:
                 raise LaunchError("the gateway did not start; its log says why")
         else:
             with tempfile.TemporaryDirectory(prefix="sluice-metrics-") as directory:
                 os.environ[MULTIPROC_DIR] = directory
-                Multiprocess(config, sockets).run()
+                Processes(config, sockets).run()
     finally:
         for bound in sockets:
             bound.close()

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import httpx
 import yaml
@@ -20,6 +20,16 @@ START_TIMEOUT_S = 60.0
 POLL_S = 0.01
 
 Settings = Mapping[str, Any]
+
+
+class Listening(Protocol):
+    """A worker, fake or real, at a port of 127.0.0.1."""
+
+    @property
+    def port(self) -> int: ...
+
+    @property
+    def url(self) -> str: ...
 
 
 async def until(holds: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 5.0) -> None:
@@ -101,10 +111,10 @@ class GatewayProcess:
         report: dict[str, dict[str, str]] = (await self.http.get("/readyz")).json()["workers"]
         return report
 
-    async def state_of(self, worker: FakeWorker) -> str:
+    async def state_of(self, worker: Listening) -> str:
         return (await self.workers())[f"127.0.0.1:{worker.port}"]["state"]
 
-    async def ready(self, *workers: FakeWorker, timeout_s: float = 10.0) -> None:
+    async def ready(self, *workers: Listening, timeout_s: float = 10.0) -> None:
         """Wait until these workers are ready."""
 
         async def are_ready() -> bool:
