@@ -127,7 +127,7 @@ class Routing(Part):
 
     policy: Literal["prefix", "least_loaded", "round_robin"] = "prefix"
     load_bound: float = Field(
-        1.25, ge=1, le=100, description="a worker beyond this many times the mean load is not preferred for its cache"
+        1.5, ge=1, le=100, description="a worker beyond this many times the mean load is not preferred for its cache"
     )
     block_bytes: int = Field(
         128, ge=16, le=65536, description="of prompt under one hash; about the worker's block_size x bytes_per_token"

@@ -26,10 +26,10 @@ def idleness(worker: Worker) -> float:
 SCORERS: tuple[tuple[Callable[[Worker], float], float], ...] = ((idleness, 1.0),)
 
 # What the prompt adds under the policy `prefix`: the share of it that the worker has cached, and the share that it can
-# cache without dropping other prompts. At a half, a full cache gives a prompt away when less than a third of it is in
-# there. Preble weighs the same two costs and the load (arXiv:2407.00023).
-AFFINITY_WEIGHT = 1.0
-ROOM_WEIGHT = 0.5
+# cache without dropping other prompts. At two to one, a full cache gives a prompt away to one with room when less than
+# a third of it is in there. Preble weighs the same two costs and the load (arXiv:2407.00023).
+AFFINITY_WEIGHT = 2.0
+ROOM_WEIGHT = 1.0
 
 
 def load_limit(worker: Worker, pool_busy: int, pool_slots: int, bound: float) -> int:

@@ -100,7 +100,7 @@ async def test_a_popular_prefix_spreads(two: Two) -> None:
     assert sorted(two.got("popular")) == [0, 1]
     await two.at_once(*(f"{popular} {at}" for at in range(16)))
     assert sum(two.got("popular")) == 17
-    assert min(two.got("popular")) >= 6
+    assert min(two.got("popular")) >= 4
 
 
 async def test_a_lost_workers_prompts_are_forgotten(two: Two) -> None:
