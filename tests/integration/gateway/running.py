@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tests.fakes.worker import FakeWorker
 from tests.processes import Process, free_port
@@ -52,14 +53,17 @@ class Scrape:
     """One reading of `/metrics`."""
 
     def __init__(self, page: str) -> None:
-        families = text_string_to_metric_families(page)
-        self.samples = [sample for family in families for sample in family.samples]
+        self._lines = page.splitlines()
+
+    def samples(self, name: str = "") -> list[Sample]:
+        """All samples whose names begin like this. Only these are parsed: a whole page takes tens of milliseconds."""
+        wanted = "\n".join(line for line in self._lines if line.startswith(name) and not line.startswith("#"))
+        return [sample for family in text_string_to_metric_families(wanted + "\n") for sample in family.samples]
 
     def sum(self, name: str, **labels: str) -> float:
         """All samples of `name` whose labels include these, added up; 0 when there are none."""
-        return sum(
-            sample.value for sample in self.samples if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        found = [sample for sample in self.samples(name) if sample.name == name]
+        return sum(sample.value for sample in found if labels.items() <= sample.labels.items())
 
 
 class GatewayProcess:
