@@ -58,17 +58,21 @@ class Seen:
     """What one policy showed, over all rounds.
 
     Attributes:
-        ttft_s: first generated text after the request was sent, for each answer.
+        ttft_s: first generated text after the request was sent: one list for each round, of all its answers.
         queried: prompt tokens that the workers looked up, by their own count; one entry for each round.
         hit: prompt tokens that they had, one entry for each round.
         spread: for each round, the share of the looked-up tokens on the busier worker.
     """
 
-    ttft_s: list[float] = field(default_factory=list)
+    ttft_s: list[list[float]] = field(default_factory=list)
     queried: list[float] = field(default_factory=list)
     hit: list[float] = field(default_factory=list)
     spread: list[float] = field(default_factory=list)
     failures: int = 0
+
+    @property
+    def all_ttft_s(self) -> list[float]:
+        return [ttft_s for round_ in self.ttft_s for ttft_s in round_]
 
     @property
     def hit_rate(self) -> float:
@@ -94,7 +98,7 @@ def _tell(round_: int, policy: str, seen: Seen) -> None:
     rate = seen.hit[-1] / seen.queried[-1]
     print(
         f"  round {round_ + 1} {policy}: {rate:.0%} of {seen.queried[-1]:.0f} prompt tokens cached, "
-        f"{seen.spread[-1]:.0%} of them asked of one worker, TTFT p50 so far {percentile(seen.ttft_s, 0.5):.2f} s",
+        f"{seen.spread[-1]:.0%} of them asked of one worker, TTFT p50 {percentile(seen.ttft_s[-1], 0.5):.2f} s",
         flush=True,
     )
 
@@ -111,6 +115,7 @@ async def _round(
     """All conversations to their end, `concurrency` requests at a time, each turn in an order drawn by lot."""
     talks = conversations(plan.load, round_, mark=f"{policy} {round_} {time.time_ns()}")
     order = random.Random(round_)
+    seen.ttft_s.append([])
     before = [await _counters(client, worker) for worker in workers]
     for _ in range(plan.load.turns):
         waiting = deque(order.sample(talks, len(talks)))
@@ -138,7 +143,7 @@ async def _users(
             seen.failures += 1
             print(f"  failed: {error!r}", flush=True)
             continue
-        seen.ttft_s.append(ttft_s)
+        seen.ttft_s[-1].append(ttft_s)
         talk.hear(answer)
 
 
@@ -276,7 +281,7 @@ one gateway process. {load.conversations} conversations of {load.turns} turns wi
 {plan.concurrency} requests in flight, each turn of all conversations in an order drawn by lot before the next.
 {plan.rounds} rounds of {load.requests} requests for each policy, the policies in turn on the same workers, each round
 with a fresh gateway and with prompts that no cache has seen. Hit rate: vLLM's `prefix_cache_hits` ÷
-`prefix_cache_queries`, in prompt tokens, over both workers; in brackets the rounds. TTFT: from sent to first generated
+`prefix_cache_queries`, in prompt tokens, over both workers; the rounds in brackets. TTFT: from sent to first generated
 text, at the client.
 
 {listed}"""
@@ -290,13 +295,13 @@ def figures(seen: Mapping[str, Seen]) -> str:
     base = seen["round_robin"]
     rows = [
         ["prefix-cache hit rate", *(f"{one.hit_rate:.1%} ({_span(rates[name])})" for name, one in seen.items())],
-        ["TTFT p50 [s]", *(f"{percentile(one.ttft_s, 0.5):.2f}" for one in seen.values())],
-        ["TTFT p95 [s]", *(f"{percentile(one.ttft_s, 0.95):.2f}" for one in seen.values())],
+        ["TTFT p50 [s]", *(f"{percentile(one.all_ttft_s, 0.5):.2f} ({_halves(one)})" for one in seen.values())],
+        ["TTFT p95 [s]", *(f"{percentile(one.all_ttft_s, 0.95):.2f}" for one in seen.values())],
         ["TTFT p50, × round robin", *(f"{_ratio(one, base, 0.5):.2f}" for one in seen.values())],
         ["TTFT p95, × round robin", *(f"{_ratio(one, base, 0.95):.2f}" for one in seen.values())],
         ["prompt tokens computed", *(f"{sum(one.queried) - sum(one.hit):,.0f}" for one in seen.values())],
         ["prompt tokens on the busier worker", *(f"{_span(one.spread)}" for one in seen.values())],
-        ["answers, failures", *(f"{len(one.ttft_s)}, {one.failures}" for one in seen.values())],
+        ["answers, failures", *(f"{len(one.all_ttft_s)}, {one.failures}" for one in seen.values())],
     ]
     return table(["", *(f"`{policy}`" for policy in seen)], rows)
 
@@ -305,8 +310,12 @@ def _span(shares: Sequence[float]) -> str:
     return " ".join(f"{share:.0%}" for share in shares)
 
 
+def _halves(one: Seen) -> str:
+    return " ".join(f"{percentile(round_, 0.5):.2f}" for round_ in one.ttft_s)
+
+
 def _ratio(one: Seen, base: Seen, q: float) -> float:
-    return percentile(one.ttft_s, q) / percentile(base.ttft_s, q)
+    return percentile(one.all_ttft_s, q) / percentile(base.all_ttft_s, q)
 
 
 def versions() -> dict[str, str]:
