@@ -194,7 +194,7 @@ class Inference:
             identity=_ID_PREFIX[job.kind] + (given or secrets.token_hex(8)),
             created=int(time.time()),
             model=state.model,
-            cached=sum(state.engine.cache.admit(prompt) for prompt in job.prompt_ids),
+            cached=sum(state.engine.cache.admit(prompt, job.body.get("cache_salt")) for prompt in job.prompt_ids),
             block_size=BLOCK_SIZE,
             prompt_tokens_details=state.options.prompt_tokens_details,
             vocabulary=state.vocabulary,
