@@ -14,6 +14,7 @@ from app.catalogue import Catalogue
 from app.gateway import Gateway
 from app.inference import Band
 from app.relay.relay import Relay
+from app.routing.router import Router
 from app.settings import Health, Settings
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_log
@@ -51,9 +52,11 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     admission = LocalAdmission(settings.admission)
     capacity = Capacity(admission, settings.health, clock)
     registry.listen(capacity.offer)
+    router = Router(settings.routing)
+    registry.listen(router.changed)
     relay = Relay(registry, settings.relay, metrics, clock)
     accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
-    gateway = Gateway(catalogue, registry, admission, relay, accounts)
+    gateway = Gateway(catalogue, registry, router, admission, relay, accounts)
     gauges = Gauges(metrics, registry, admission, capacity)
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=admission.held)
     runtime = Runtime(settings, catalogue, registry, gateway, gauges, metrics, log, started=time.time())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -12,10 +13,11 @@ import msgspec
 
 from app.errors import GatewayError, RequestQuarantined, UpstreamBadResponse, WorkerLost
 from app.inference import InferenceRequest, TokenUsage
-from app.relay.answer import JSON_TYPE, SSE_TYPE, Answer, StreamedAnswer, WholeAnswer
+from app.relay.answer import JSON_TYPE, SSE_TYPE, Answer, BegunStream, StreamedAnswer, WholeAnswer
 from app.relay.dialect import usage_of_answer
 from app.relay.quarantine import Death, Fingerprint, Quarantine, cell_of
 from app.relay.refusal import AttemptFailed, Fault, late_status, refusal
+from app.relay.resumption import open_resumable
 from app.relay.retry_budget import RetryBudget
 from app.relay.upstream import ConnectFailed, Connection, Header, Upstream
 from app.settings import Relay as Limits
@@ -76,11 +78,28 @@ class Relay:
     async def open(
         self, request: InferenceRequest, slot: Slot, candidates: tuple[str, ...], account: Account
     ) -> Answer:
+        """The answer to `request`: see `attempt`, and `resumption` for streams of models that go on elsewhere."""
+        if not request.stream or not self._registry[slot.worker_id].variant.resumes:
+            return await self.attempt(request, slot, candidates, account)
+        carriers = _Carriers(self, self._registry, slot, candidates, account, request)
+        return await open_resumable(request, carriers, self._limits, account, self._metrics, self._clock)
+
+    async def attempt(
+        self,
+        request: InferenceRequest,
+        slot: Slot,
+        candidates: tuple[str, ...],
+        account: Account,
+        *,
+        blamed: InferenceRequest | None = None,
+    ) -> Answer:
         """The worker's answer to `request`, from its first body byte on.
 
-        What failed before that byte is tried once more if the pool's retry budget has room. A worker that could not be
-        reached, or that is full, did no work: then it is tried elsewhere for free. Raises GatewayError.
+        What failed before that byte is tried once more if the pool's retry budget has room. A worker that could not
+        be reached, or that is full, did no work: then it is tried elsewhere for free. `blamed` is what a worker dies
+        of, if it does: for a continuation the client's own request. Raises GatewayError.
         """
+        suspect = blamed or request
         retried = False
         for attempt in range(MOST_ATTEMPTS):
             worker = self._registry[slot.worker_id]
@@ -89,11 +108,11 @@ class Relay:
                 budget.request(self._clock())
             account.admitted(worker.variant.name, slot.waited_s)
             try:
-                return await self._attempt(request, worker, account)
+                return await self._attempt(request, worker, account, suspect)
             except AttemptFailed as error:
                 failure = error
             await self._note(worker, failure)
-            self._refuse_quarantined(request)
+            self._refuse_quarantined(suspect)
             if not failure.fault.is_free:
                 if retried or failure.fault.is_final or not budget.take(self._clock()):
                     raise failure.error
@@ -106,10 +125,12 @@ class Relay:
         for upstream in self._upstreams.values():
             upstream.close()
 
-    async def _attempt(self, request: InferenceRequest, worker: Worker, account: Account) -> Answer:
+    async def _attempt(
+        self, request: InferenceRequest, worker: Worker, account: Account, blamed: InferenceRequest
+    ) -> Answer:
         with ExitStack() as held:
             sent = self._clock()
-            attempt = held.enter_context(_Attempt(self, request, worker, sent))
+            attempt = held.enter_context(_Attempt(self, blamed, worker, sent))
             body = request.body_for(worker.address.served_model)
             account.dispatched(sent)
             try:
@@ -127,7 +148,7 @@ class Relay:
             account.first_byte(now)
             self._registry.took(worker, now - sent)
             if request.stream and connection.headers[b"content-type"].startswith(SSE_TYPE):
-                return StreamedAnswer(held.pop_all(), connection, begun, request, account, self._clock)
+                return StreamedAnswer(BegunStream(held.pop_all(), connection, begun), request, account, self._clock)
             account.usage = _usage_of(begun)
             return WholeAnswer(begun)
 
@@ -198,7 +219,7 @@ class Relay:
             return
         failure = connection.failure
         if isinstance(failure, WorkerLost):
-            self._casualties[worker.id].append((self._clock(), _fingerprint(attempt.request)))
+            self._casualties[worker.id].append((self._clock(), _fingerprint(attempt.blamed)))
             if worker.condition.state is State.LOST:
                 self._blame(worker)
         if not attempt.has_begun:
@@ -232,12 +253,12 @@ class Relay:
 class _Attempt:
     """One attempt on one worker, entered before it is dispatched and left when its answer is."""
 
-    __slots__ = ("_relay", "_sent", "connection", "has_begun", "request", "worker")
+    __slots__ = ("_relay", "_sent", "blamed", "connection", "has_begun", "worker")
 
-    def __init__(self, relay: Relay, request: InferenceRequest, worker: Worker, sent: float) -> None:
+    def __init__(self, relay: Relay, blamed: InferenceRequest, worker: Worker, sent: float) -> None:
         self._relay = relay
         self._sent = sent
-        self.request = request
+        self.blamed = blamed
         self.worker = worker
         self.connection: Connection | None = None
         self.has_begun = False
@@ -257,6 +278,38 @@ class _Attempt:
 
 def _fingerprint(request: InferenceRequest) -> Fingerprint:
     return Fingerprint.of(TENANT, request.fields)
+
+
+@dataclass(slots=True)
+class _Carriers:
+    """See `resumption.Carriers`."""
+
+    relay: Relay
+    registry: Registry
+    slot: Slot
+    candidates: tuple[str, ...]
+    account: Account
+    original: InferenceRequest
+
+    @property
+    def context_length(self) -> int | None:
+        return self.registry[self.slot.worker_id].context_length
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        mine = self.registry[self.slot.worker_id]
+        return tuple(
+            worker_id
+            for worker_id in self.candidates
+            if worker_id != mine.id and self.registry[worker_id].variant is mine.variant
+        )
+
+    async def open(self, request: InferenceRequest) -> Answer:
+        return await self.relay.attempt(request, self.slot, self.candidates, self.account, blamed=self.original)
+
+    async def move(self) -> None:
+        self.candidates = self.others
+        await self.slot.move(self.candidates)
 
 
 async def _begun_stream(connection: Connection) -> bytes:
