@@ -58,8 +58,10 @@ async def _shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hou
             model("plain", *house.plain),
         ]
         directory = tmp_path_factory.mktemp("resume")
+        # Every stream is cut here, on workers that have to stay.
+        relay = {"gap_timeout_s": GAP_S, "failures_until_ejected": 100}
         house.gateway = await stack.enter_async_context(
-            GatewayProcess(directory, models, admission={"no_worker_timeout_s": 0.3}, relay={"gap_timeout_s": GAP_S})
+            GatewayProcess(directory, models, admission={"no_worker_timeout_s": 0.3}, relay=relay)
         )
         yield house
 
