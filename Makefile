@@ -11,6 +11,9 @@ ARGS   ?=
 TORCH   ?= --torch-backend cpu
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
 
+# Tests wait more than they compute, so a few run side by side; real workers take the whole machine, one after another.
+PYTEST := $(BIN)/python -m pytest -q
+
 # What the real-worker tests serve; the first run makes it.
 TESTED := --prepare-only --variants dense,w8a8
 
@@ -34,7 +37,7 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 	@touch $@
 
 check: lint  ## Everything that needs no real worker: linters, types, imports, tests (under 2 minutes)
-	$(BIN)/python -m pytest -q -m "not vllm"
+	$(PYTEST) -n 3 -m "not vllm and not slow"
 
 lint: install
 	$(BIN)/ruff check
@@ -44,7 +47,8 @@ lint: install
 
 test: lint  ## Everything, also with real vLLM workers (prepares their environment and the default model first)
 	$(BIN)/python -m app up $(TESTED)
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -n 3 -m "not vllm"
+	$(PYTEST) -m vllm
 
 bench: install  ## Measure what the gateway costs
 	$(BIN)/python -m loadtest bench $(ARGS)
