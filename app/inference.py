@@ -88,7 +88,8 @@ class InferenceRequest:
     `fields` holds the body's top-level values as the client's own bytes: they are re-framed for the worker, never
     re-encoded, so what a client means is what the worker reads. `arrived` is monotonic time in seconds.
     `deadline` is when the client stops waiting for a first byte, monotonic too. `max_tokens` is what it asked for at
-    most, in all choices. `resolved_model` is the catalogue's name, empty until it is resolved: unlike `model` it is safe as a metric label.
+    most. `resolved_model` is the catalogue's name, empty until it is resolved: unlike `model` it is safe as a metric
+    label.
     """
 
     id: str

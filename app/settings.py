@@ -133,7 +133,10 @@ class Admission(Part):
     )
     lease_s: float = Field(15, gt=0, le=300, description="a lease of a replica that fell silent ends after this")
     replicas: int = Field(
-        1, ge=1, le=1000, description="gateway replicas that share the workers; without Redis each uses its part of them"
+        1,
+        ge=1,
+        le=1000,
+        description="gateway replicas that share the workers; each uses its part of them without Redis",
     )
     without_redis: Literal["local", "refuse"] = Field(
         "local", description="while Redis is gone: serve a static share, or answer 503"

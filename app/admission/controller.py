@@ -14,6 +14,8 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
+import msgspec
+
 from app import settings
 from app.admission import ledger
 from app.admission.fairness import Debt, Grant, Kind, Place
@@ -126,8 +128,8 @@ class RedisAdmission(QueuedAdmission):
         self._clock = clock
         self._renew_s = limits.lease_s / RENEWALS_PER_LEASE
         self._reap_s = limits.lease_s / REAPS_PER_LEASE
-        shared_rules = SharedRules.of(
-            self._rules,
+        shared_rules = SharedRules(
+            *msgspec.structs.astuple(self._rules),
             lease_us=int(limits.lease_s * US),
             settle_us=int((self._renew_s + SETTLE_MARGIN_S) * US),
             replicas=replicas,
@@ -234,7 +236,7 @@ class RedisAdmission(QueuedAdmission):
         """Tell what left, renew and reap if it is time, ask for what came. In this order, in one write."""
         now = self._clock()
         calls: list[Call] = []
-        heard: list[Callable[[Outcome], None]] = []
+        heard: list[Callable[[Outcome], object]] = []
         if self._shared.departures:
             calls.append(ledger.depart(self._shared.take_departures()))
             heard.append(self._hear)
@@ -255,7 +257,8 @@ class RedisAdmission(QueuedAdmission):
 
     def _place(self, lease: QueuedLease, now: float) -> Place:
         """First come, first served by the server's clock; who asks again keeps the time of the first asking."""
-        place = lease.place(now, self.roster.route(lease.ticket.candidates), now - lease.since if lease.is_again else 0.0)
+        waited_s = now - lease.since if lease.is_again else 0.0
+        place = lease.place(now, self.roster.route(lease.ticket.candidates), waited_s)
         lease.is_again = True
         return place
 

@@ -27,7 +27,7 @@ class Habits:
         return max(1.0, prompt_bytes / self.bytes_per_token + output)
 
     def learn(self, prompt_bytes: int, usage: TokenUsage) -> None:
-        """From a request that ended: a running mean of its bytes per token, a step towards the quantile of its output."""
+        """From a request that ended: a running mean of bytes per token, a step towards the quantile of output."""
         if usage.prompt_tokens > 0:
             seen = max(0.1, prompt_bytes / usage.prompt_tokens)
             self.bytes_per_token += MEMORY * (seen - self.bytes_per_token)

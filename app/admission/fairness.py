@@ -42,7 +42,7 @@ class Rules(msgspec.Struct, array_like=True, frozen=True):
     band_bytes: int
     total_bytes: int
     ageing_us: int
-    us_per_token: int = 0
+    us_per_token: int
 
 
 class Place(msgspec.Struct, array_like=True, frozen=True):
@@ -232,7 +232,7 @@ class Queue:
         return 0 if drain is None else int(self._ahead(place) * drain.gap_us)
 
     def _ahead(self, place: Place) -> int:
-        """How many are granted first, if all cost the same: the higher bands, and as many of each flow as of its own."""
+        """How many are granted first, if all cost the same: the higher bands; of each flow as many as of its own."""
         higher = sum(self._depth["line", (band, place.route)] for band in range(place.band))
         flows = self._lines.get((place.band, place.route), {})
         mine = flows[place.tenant].size + 1 if place.tenant in flows else 1

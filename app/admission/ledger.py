@@ -48,27 +48,19 @@ class LedgerFull(Exception):
 
 
 class LedgerChanged(Exception):
-    """The ledger is not what this replica remembers (flushed, rolled back, or it was given up for dead): tell it anew."""
+    """The ledger is not as this replica left it (flushed, rolled back, the replica given up for dead): tell it anew."""
 
 
-class SharedRules(msgspec.Struct, array_like=True, frozen=True):
-    """What scripts go by: the order's rules, flattened, and the ledger's own."""
+class SharedRules(Rules, array_like=True, frozen=True):
+    """What scripts go by: the order's rules, and the ledger's own.
 
-    tenant_limit: int
-    band_limit: int
-    total_limit: int
-    tenant_bytes: int
-    band_bytes: int
-    total_bytes: int
-    ageing_us: int
-    us_per_token: int
+    `replicas` are how many have to tell what they hold before a ledger that lost it grants again; `settle_us` how long
+    that is waited for.
+    """
+
     lease_us: int
     settle_us: int
     replicas: int
-
-    @classmethod
-    def of(cls, rules: Rules, *, lease_us: int, settle_us: int, replicas: int) -> SharedRules:
-        return cls(*msgspec.structs.astuple(rules), lease_us, settle_us, replicas)
 
 
 class Arrived(msgspec.Struct, array_like=True, frozen=True):
@@ -307,7 +299,7 @@ class Ledger:
             socket_timeout=None,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
         )
-        connection = pool.make_connection()
+        connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
         async with _bounded():
             await connection.connect()
         return connection

@@ -319,10 +319,13 @@ def new_name() -> str:
 def _refusal(kind: Kind, wait_us: int) -> GatewayError:
     retry_after_s = max(1.0, wait_us / US)
     if kind is Kind.TENANT_FULL:
-        return TenantQueueFull("You have too many requests waiting. Please try again later.", retry_after_s=retry_after_s)
+        return TenantQueueFull(
+            "You have too many requests waiting. Please try later.", retry_after_s=retry_after_s
+        )
     if kind is Kind.HOPELESS:
         return Overloaded(
-            "No slot will come free before this request's deadline. Please try again later.", retry_after_s=retry_after_s
+            "No slot will come free before the request's deadline. Please try later.",
+            retry_after_s=retry_after_s,
         )
     return Overloaded("The queue is full. Please try again later.", retry_after_s=retry_after_s)
 
@@ -330,7 +333,5 @@ def _refusal(kind: Kind, wait_us: int) -> GatewayError:
 def _expiry(lease: QueuedLease) -> GatewayError:
     retry_after_s = max(5.0, lease.wait_us / US)
     if lease.is_unserved:
-        return NoHealthyWorker(
-            "No worker of this model is ready. Please try again later.", retry_after_s=retry_after_s
-        )
+        return NoHealthyWorker("No worker of this model is ready. Please try again later.", retry_after_s=retry_after_s)
     return QueueTimeout("No slot came free in time. Please try again later.", retry_after_s=retry_after_s)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+import msgspec
 import redis
 
 from app.admission import ledger
@@ -28,6 +29,7 @@ RULES = Rules(
     band_bytes=2000,
     total_bytes=3000,
     ageing_us=2_000_000,
+    us_per_token=0,
 )
 
 
@@ -49,7 +51,7 @@ class Replica:
 
     def __init__(self, url: str, name: str, rules: Rules = RULES, replicas: int = 1) -> None:
         self.name = name
-        shared = SharedRules.of(rules, lease_us=LEASE_US, settle_us=SETTLE_US, replicas=replicas)
+        shared = SharedRules(*msgspec.structs.astuple(rules), lease_us=LEASE_US, settle_us=SETTLE_US, replicas=replicas)
         self.ledger = Ledger(Redis(url=url), name, shared, SCRIPTS)
 
     async def __aenter__(self) -> Self:
