@@ -169,7 +169,7 @@ def _value(fields: dict[str, msgspec.Raw], name: str, expected: Any, default: An
         return default
     try:
         value = msgspec.json.decode(raw, type=expected | None)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidValue(f"Invalid value for {name!r}: {error}", param=name) from None
     return default if value is None else value
 

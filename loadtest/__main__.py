@@ -17,6 +17,8 @@ from loadtest.report import circumstances, figures_table, render, verdicts
 from loadtest.targets import Target, targets
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+BUSY = 0.5
+"""Load average per core from which latencies say more about the machine's other work than about the target."""
 QUICK = Plan(repeats=1, window_s=1.5, warmup_s=0.5, idle_count=200)
 
 
@@ -50,7 +52,12 @@ def bench_command(
     _allow_files(2 * plan.idle_count + 1_000)
     cores = Cores(*split_cores(usable_cores()))
     where = circumstances({target.name: target.version() for target in chosen})
-    results = uvloop.run(_measure(chosen, plan, cores))
+    if where.load_average > BUSY * len(usable_cores()):
+        print(f"the machine is busy (load average {where.load_average:.2f}): do not trust the latencies")
+    try:
+        results = uvloop.run(_measure(chosen, plan, cores))
+    except asyncio.CancelledError:
+        raise click.Abort from None  # SIGTERM; Ctrl-C reaches click by itself
     print("\n" + figures_table(results) + "\n" + "\n".join(verdicts(results)))
     written = output or (None if quick else RESULTS)
     if written:

@@ -108,7 +108,9 @@ class Connection(asyncio.Protocol):
         """Start an exchange that counts from `due_ns`."""
         self.busy, self.sent_ns, self.tokens = True, due_ns, 0
         self._scanner = StampScanner()
-        self._transport.write(request)
+        # On a connection that is closing, `on_lost` follows and tells the load that this exchange is lost.
+        if not self._transport.is_closing():
+            self._transport.write(request)
 
     def abort(self) -> None:
         self._transport.abort()

@@ -39,6 +39,11 @@ _WHOLE = (
     b'{"id":"chatcmpl-x","object":"chat.completion",' + _CREATED + b'"choices":[{"index":0,"message":{"role":'
     b'"assistant","content":"%%s"},"logprobs":null,"finish_reason":"stop"}]%%s}'
 )
+# For canaries only: one token, at once.
+_COMPLETION = (
+    b'{"id":"cmpl-x","object":"text_completion",' + _CREATED + b'"choices":[{"index":0,"text":"tok","logprobs":null,'
+    b'"finish_reason":"length","stop_reason":null}]%s}'
+)
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 )
@@ -91,11 +96,19 @@ class Worker:
     def __post_init__(self) -> None:
         self.chunk = _CHUNK % self.model.encode()
         self.whole = _WHOLE % self.model.encode()
+        self.completion = _COMPLETION % (self.model.encode(), _USAGE % (2, 1))
 
 
 def framed(data: bytes) -> bytes:
     """One chunk of HTTP/1.1 chunked coding."""
     return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def tokenized(body: bytes) -> bytes:
+    """The answer of `/tokenize`, with a token for every five bytes; cache-aware relays ask before they route."""
+    count = len(body) // 5 + 1
+    tokens = b"17," * (count - 1) + b"17"
+    return b'{"count":%d,"max_model_len":1048576,"tokens":[%s],"token_strs":null}' % (count, tokens)
 
 
 class Answer:
@@ -215,20 +228,28 @@ class Connection(asyncio.Protocol):
             self._get()
 
     def write(self, data: bytes) -> None:
-        self._transport.write(data)
+        # The loop tells of a lost connection one turn after it is gone; uvloop raises on a write in between.
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
     def reply(self, status: bytes, body: bytes, content_type: bytes = b"application/json") -> None:
         head = b"HTTP/1.1 %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n" % (status, content_type, len(body))
-        self._transport.write(head + body)
+        self.write(head + body)
 
     def _post(self, body: bytes) -> None:
         try:
             if self._path == b"/pace":
                 self._worker.pace = msgspec.json.decode(body, type=Pace)
                 self.reply(b"200 OK", msgspec.json.encode(self._worker.pace))
-            else:
+            elif self._path == b"/v1/chat/completions":
                 self._answer = Answer(self._worker, self, msgspec.json.decode(body, type=ChatBody))
                 self._answer.begin()
+            elif self._path == b"/v1/completions":
+                self.reply(b"200 OK", self._worker.completion)
+            elif self._path == b"/tokenize":
+                self.reply(b"200 OK", tokenized(body))
+            else:
+                self._not_found()
         except msgspec.DecodeError as error:
             message = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
             self.reply(b"400 Bad Request", msgspec.json.encode({"error": message}))
@@ -242,7 +263,11 @@ class Connection(asyncio.Protocol):
         elif self._path in answers:
             self.reply(b"200 OK", msgspec.json.encode(answers[self._path]))
         else:
-            self.reply(b"404 Not Found", b'{"detail":"Not Found"}')
+            self._not_found()
+
+    def _not_found(self) -> None:
+        # As vLLM answers what it does not serve; some relays probe for routes and fall back on this.
+        self.reply(b"404 Not Found", b'{"detail":"Not Found"}')
 
     def _answers(self) -> dict[bytes, object]:
         worker = self._worker

@@ -9,13 +9,18 @@ class Figure(Enum):
     CPU_REQUEST_1K = ("CPU per request, 1 KB prompt", "µs", 0)
     CPU_REQUEST_32K = ("CPU per request, 32 KB prompt", "µs", 0)
     CPU_REQUEST_1M = ("CPU per request, 1 MB prompt", "µs", 0)
-    CPU_CHUNK = ("CPU per streamed chunk", "µs", 1)
+    CPU_CHUNK = ("CPU per streamed chunk, streams staggered", "µs", 1)
+    CPU_CHUNK_IN_STEP = ("CPU per streamed chunk, streams in step", "µs", 1)
     RATE_1K = ("requests/s, 1 KB prompt, 32 connections", "1/s", 0)
     BUSY_1K = ("target's CPU meanwhile", "% of a core", 0)
     ADDED_TTFT_P50 = ("added TTFT p50 at 200 requests/s", "ms", 2)
     ADDED_TTFT_P99 = ("added TTFT p99 at 200 requests/s", "ms", 2)
+    DIRECT_TTFT_P50 = ("TTFT p50 of that load straight to the worker", "ms", 2)
+    DIRECT_TTFT_P99 = ("TTFT p99 of that load straight to the worker", "ms", 2)
     ADDED_CHUNK_P50 = ("added inter-token delay p50 at 6,000 chunks/s", "ms", 2)
     ADDED_CHUNK_P99 = ("added inter-token delay p99 at 6,000 chunks/s", "ms", 2)
+    DIRECT_CHUNK_P50 = ("delay p50 of those chunks straight from the worker", "ms", 2)
+    DIRECT_CHUNK_P99 = ("delay p99 of those chunks straight from the worker", "ms", 2)
     PSS = ("memory (PSS) when ready", "MiB", 0)
     IDLE_STREAM = ("memory per idle stream", "KiB", 1)
 
@@ -25,5 +30,5 @@ class Figure(Enum):
         self.digits = digits
 
 
-TARGET_RATIOS = {Figure.CPU_REQUEST_1K: 0.20, Figure.CPU_CHUNK: 0.30}
+TARGET_RATIOS = {Figure.CPU_REQUEST_1K: 0.20, Figure.CPU_CHUNK: 0.30, Figure.CPU_CHUNK_IN_STEP: 0.30}
 """What Sluice may cost at most, as a part of what the naive relay costs."""

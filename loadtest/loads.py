@@ -4,6 +4,7 @@ Each is bounded in connections and in time, and counts what went wrong instead o
 """
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
@@ -27,8 +28,12 @@ class ClosedLoop:
         failures: what else happened: another status, or `lost` for a connection that the target closed.
     """
 
-    def __init__(self, address: Address, request: ChatRequest) -> None:
+    def __init__(self, address: Address, request: ChatRequest, limit: int | None = None) -> None:
+        """At most `limit` requests are sent in all, without end if None."""
         self._address, self._request = address, request.encode(address)
+        self._remaining = math.inf if limit is None else limit
+        self._under_way = 0
+        self._done = asyncio.get_running_loop().create_future()
         self._connections: list[Connection] = []
         self._closing = False
         self.answers = 0
@@ -42,10 +47,15 @@ class ClosedLoop:
             await asyncio.sleep(max(0.0, begin + stagger_s * index / connections - time.monotonic()))
             connection = await connect(self, self._address)
             self._connections.append(connection)
-            connection.send(self._request, time.monotonic_ns())
+            self._send(connection, time.monotonic_ns())
+
+    async def finished(self) -> None:
+        """Wait until all requests up to the limit are answered or lost."""
+        await asyncio.shield(self._done)
 
     def close(self) -> None:
         self._closing = True
+        self._done.cancel()
         for connection in self._connections:
             connection.abort()
 
@@ -57,20 +67,35 @@ class ClosedLoop:
             self.answers += 1
         else:
             self.failures[str(status)] += 1
+        self._under_way -= 1
         if connection.reusable and not self._closing:
-            connection.send(self._request, now_ns)
+            self._send(connection, now_ns)
 
     def on_lost(self, connection: Connection) -> None:
-        if not self._closing:
-            self.failures["lost"] += 1
+        if self._closing:
+            return
+        self.failures["lost"] += 1
+        self._under_way -= connection.busy
+        self._finish_when_empty()
+
+    def _send(self, connection: Connection, now_ns: int) -> None:
+        if self._remaining:
+            self._remaining -= 1
+            self._under_way += 1
+            connection.send(self._request, now_ns)
+        self._finish_when_empty()
+
+    def _finish_when_empty(self) -> None:
+        if not self._under_way and not self._done.done():
+            self._done.set_result(None)
 
 
 @asynccontextmanager
 async def closed_loop(
-    address: Address, request: ChatRequest, connections: int, stagger_s: float = 0.0
+    address: Address, request: ChatRequest, connections: int, stagger_s: float = 0.0, limit: int | None = None
 ) -> AsyncIterator[ClosedLoop]:
-    """Keep `connections` exchanges going for as long as the block runs."""
-    load = ClosedLoop(address, request)
+    """Keep `connections` exchanges going until `limit` requests are sent, or the block ends."""
+    load = ClosedLoop(address, request, limit)
     try:
         await load.start(connections, stagger_s)
         yield load
@@ -153,7 +178,7 @@ class OpenLoop:
             connection.send(self._request, self._waiting.popleft())
 
     def _sampled(self, due_ns: int) -> bool:
-        return due_ns >= self._begin_ns + self._warmup_ns
+        return self._warmup_ns <= due_ns - self._begin_ns <= self._times_ns[-1]
 
     def on_token(self, connection: Connection, due_ns: int, now_ns: int) -> None:
         if connection.tokens == 1 and self._sampled(connection.sent_ns):
@@ -203,7 +228,8 @@ async def open_loop(
 ) -> OpenLoopResult:
     """Send `request` at `times_ns` (ns from the start), over connections that are opened beforehand.
 
-    Samples are kept of what was due after the first `warmup_s`; `grace_s` bounds the wait for the last answers.
+    Samples are kept of what was due between `warmup_s` and the last send time; `grace_s` bounds the wait for the last
+    answers.
 
     Raises:
         LoadError: the connections could not be opened.
@@ -220,12 +246,17 @@ async def open_loop(
 
 
 class IdleStreams:
-    """Streams that have their first token and wait for the second."""
+    """Streams that have their first token and wait for the second.
+
+    Attributes:
+        ended: streams that did not stay open.
+    """
 
     def __init__(self, address: Address, request: ChatRequest) -> None:
         self._address, self._request = address, request.encode(address)
         self._first: dict[Connection, asyncio.Future[None]] = {}
         self._closing = False
+        self.ended = 0
 
     async def open(self, count: int, limit_s: float) -> None:
         """Open `count` streams, 16 at a time, and await the first token of each."""
@@ -263,12 +294,18 @@ class IdleStreams:
 
     def _refuse(self, connection: Connection, why: str) -> None:
         first = self._first.get(connection)
-        if first and not first.done() and not self._closing:
+        if self._closing or first is None:
+            return
+        if first.done():
+            self.ended += 1
+        else:
             first.set_exception(LoadError(why))
 
 
 @asynccontextmanager
-async def idle_streams(address: Address, request: ChatRequest, count: int, limit_s: float) -> AsyncIterator[None]:
+async def idle_streams(
+    address: Address, request: ChatRequest, count: int, limit_s: float
+) -> AsyncIterator[IdleStreams]:
     """Hold `count` streams that each have had their first token, for as long as the block runs.
 
     Raises:
@@ -277,6 +314,6 @@ async def idle_streams(address: Address, request: ChatRequest, count: int, limit
     load = IdleStreams(address, request)
     try:
         await load.open(count, limit_s)
-        yield
+        yield load
     finally:
         load.close()

@@ -84,7 +84,10 @@ class Pacer:
             os.read(self._fd, 8)
         except BlockingIOError:
             return  # re-armed for later between the wake-up and this read
-        while self._due and self._due[0][0] <= time.monotonic_ns():
-            heapq.heappop(self._due)[2]()
-        if self._due:
-            self._arm()
+        try:
+            while self._due and self._due[0][0] <= time.monotonic_ns():
+                heapq.heappop(self._due)[2]()
+        finally:
+            # A callback that raises must not stop the clock for all others.
+            if self._due:
+                self._arm()

@@ -43,6 +43,6 @@ def install(peer: Peer, home: Path) -> bool:
         return False
     place.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True, timeout=INSTALL_S)
-    subprocess.run([place / "bin" / "pip", "install", "--quiet", wanted], check=True, timeout=INSTALL_S)
+    subprocess.run([place / "bin" / "pip", "install", "-qq", wanted], check=True, timeout=INSTALL_S)
     marker.write_text(wanted)
     return True

@@ -78,26 +78,30 @@ async def until_ready(process: asyncio.subprocess.Process, address: Address, pat
     """Wait until `path`, if given, answers 200 and a one-token chat completion comes back.
 
     Raises:
-        ProcessError: the process ended, or READY_S passed; the message carries the end of its log.
+        ProcessError: the process ended, or READY_S passed; the message carries its last words.
     """
+    obstacle = "no answer"
     try:
         async with asyncio.timeout(READY_S), httpx.AsyncClient(base_url=address.url, timeout=5) as client:
-            while not await _answers(client, path):
+            while obstacle := await _obstacle(client, path):
                 if process.returncode is not None:
                     raise ProcessError(f"{log.stem} ended with status {process.returncode}: {_last_lines(log)}")
                 await asyncio.sleep(0.1)
     except TimeoutError:
-        raise ProcessError(f"{log.stem} not ready after {READY_S:g} s: {_last_lines(log)}") from None
+        last = f"{obstacle}; {_last_lines(log)}"
+        raise ProcessError(f"{log.stem} not ready after {READY_S:g} s: {last}") from None
 
 
-async def _answers(client: httpx.AsyncClient, path: str | None) -> bool:
+async def _obstacle(client: httpx.AsyncClient, path: str | None) -> str:
+    """What keeps it from being ready; empty when nothing does."""
     one_token = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
     try:
-        if path and (await client.get(path)).status_code != 200:
-            return False
-        return (await client.post(CHAT_PATH, json=one_token)).status_code == 200
-    except httpx.TransportError:
-        return False
+        answer = await client.get(path) if path else None
+        if answer is None or answer.status_code == 200:
+            answer = await client.post(CHAT_PATH, json=one_token)
+    except httpx.TransportError as error:
+        return str(error) or type(error).__name__
+    return "" if answer.status_code == 200 else f"{answer.url.path} answers {answer.status_code} {answer.text[:300]}"
 
 
 def _last_lines(log: Path, count: int = 5) -> str:

@@ -30,7 +30,15 @@ def create_app(settings: Settings) -> ASGIApp:
         async with open_runtime(settings) as runtime:
             yield {"runtime": runtime}
 
-    api = FastAPI(title="Sluice", lifespan=lifespan, redoc_url=None, docs_url="/docs")
+    # A redirect would be an answer that is no OpenAI object, to an address made of the client's own Host header.
+    api = FastAPI(
+        title="Sluice",
+        lifespan=lifespan,
+        docs_url="/docs",
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+    )
     api.include_router(models.routes)
     api.include_router(health.routes)
     api.add_exception_handler(HTTPException, _http_exception)

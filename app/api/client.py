@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from app.errors import InvalidValue, RequestTimeout, RequestTooLarge, UnsupportedMediaType
 from app.settings import Limits
@@ -65,65 +66,56 @@ def _check_headers(scope: Scope, limits: Limits) -> None:
         raise UnsupportedMediaType("The request body must be sent as content-type: application/json.")
 
 
+class Connection(Protocol):
+    """What a watch needs of the server's connection to the client."""
+
+    on_disconnect: Callable[[], None] | None
+    paused_since: float | None
+
+    def abort(self) -> None: ...
+
+
 class ClientWatch:
     """Cancels the block when the client leaves, or reads nothing for too long, and then raises ClientGone.
 
-    ASGI tells of a disconnect only to who calls `receive`, so somebody must, at every stage: while the request waits
-    in the queue, while the worker thinks, for answers that stream and for answers that don't.
+    At every stage: while the request waits in the queue, while the worker thinks, for answers that stream and for
+    answers that don't. A client that does not read is disconnected.
     """
 
-    __slots__ = ("_is_gone", "_receive", "_send", "_sending_since", "_stall_s", "_task", "_timer", "_watcher")
+    __slots__ = ("_cancelled", "_connection", "_stall_s", "_task", "_timer")
 
-    def __init__(self, receive: Receive, send: Send, stall_s: float) -> None:
-        self._receive = receive
-        self._send = send
+    def __init__(self, connection: Connection, stall_s: float) -> None:
+        self._connection = connection
         self._stall_s = stall_s
-        self._is_gone = False
-        self._sending_since: float | None = None
+        self._cancelled = False
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - inside a coroutine there is one
         self._task = task
-        loop = asyncio.get_running_loop()
-        self._watcher = loop.create_task(self._watch())
-        self._timer = loop.call_later(self._stall_s, self._check_stall)
+        self._timer = task.get_loop().call_later(self._stall_s, self._check_stall)
+        self._connection.on_disconnect = self._leave
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.ends()
-        if self._is_gone:
+        self._connection.on_disconnect = None
+        self._timer.cancel()
+        if self._cancelled:
             self._task.uncancel()
             if isinstance(error, asyncio.CancelledError):
                 raise ClientGone from None
 
-    async def send(self, message: Message) -> None:
-        """Send to the client, watching how long it takes: it waits when the client does not read."""
-        self._sending_since = self._task.get_loop().time()
-        await self._send(message)
-        self._sending_since = None
-
-    def ends(self) -> None:
-        """The answer is complete: a disconnect is no news from now on."""
-        self._watcher.cancel()
-        self._timer.cancel()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._leave()
-
     def _check_stall(self) -> None:
         loop = self._task.get_loop()
-        since = self._sending_since
+        since = self._connection.paused_since
         if since is not None and loop.time() - since >= self._stall_s:
-            self._leave()
+            self._connection.abort()
         else:
             self._timer = loop.call_later(self._stall_s / 2, self._check_stall)
 
     def _leave(self) -> None:
-        if not self._is_gone:
-            self._is_gone = True
+        if not self._cancelled:
+            self._cancelled = True
             self._task.cancel()

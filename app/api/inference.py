@@ -7,6 +7,7 @@ import time
 from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
+from app.api.protocol import CONNECTION, ClientConnection
 from app.api.responses import send_reply
 from app.inference import InferenceRequest, Route
 from app.runtime import Runtime
@@ -23,10 +24,11 @@ class InferenceRoutes:
         arrived = time.monotonic()
         runtime: Runtime = scope["state"]["runtime"]
         body = await read_body(scope, receive, runtime.settings.limits)
-        async with ClientWatch(receive, send, runtime.settings.relay.client_stall_timeout_s) as client:
+        client: ClientConnection = scope[CONNECTION]
+        with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s):
             request = InferenceRequest.parse(
                 body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived
             )
             request.trace_headers = tuple(header for header in scope["headers"] if header[0] in TRACE_HEADERS)
             with await runtime.gateway.serve(request) as reply:
-                await send_reply(reply, client)
+                await send_reply(reply, send, client)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import Send
 
-from app.api.client import ClientWatch
+from app.api.protocol import ClientConnection
 from app.errors import GatewayError
 from app.gateway import Reply
 
@@ -13,7 +13,7 @@ Headers = list[tuple[bytes, bytes]]
 _NO_BUFFERING: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 
 
-async def send_reply(reply: Reply, client: ClientWatch) -> None:
+async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None:
     """Relay `reply` to the client, each part as soon as it is there.
 
     An answer that broke is left without its last message: the server then closes the connection uncleanly, which is
@@ -29,17 +29,14 @@ async def send_reply(reply: Reply, client: ClientWatch) -> None:
     part = await answer.next()
     if not answer.is_streamed:
         headers.append((b"content-length", b"%d" % len(part)))
-        await client.send({"type": "http.response.start", "status": 200, "headers": headers})
-        client.ends()
-        await client.send({"type": "http.response.body", "body": part})
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": part})
         return
-    await client.send({"type": "http.response.start", "status": 200, "headers": headers + _NO_BUFFERING})
-    while part:
-        await client.send({"type": "http.response.body", "body": part, "more_body": True})
-        part = await answer.next()
-    client.ends()
+    await send({"type": "http.response.start", "status": 200, "headers": headers + _NO_BUFFERING})
+    await send({"type": "http.response.body", "body": part, "more_body": True})
+    await answer.pour(client)
     if answer.is_whole:
-        await client.send({"type": "http.response.body", "body": b""})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def send_error(error: GatewayError, send: Send) -> None:

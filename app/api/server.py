@@ -11,6 +11,7 @@ import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from app.api.app import create_app
+from app.api.protocol import ClientConnection
 from app.errors import LaunchError
 from app.settings import Settings
 
@@ -26,7 +27,7 @@ def serve(settings: Settings) -> None:
         functools.partial(create_app, settings),
         factory=True,
         loop="uvloop",
-        http="httptools",
+        http=ClientConnection,
         ws="none",
         lifespan="on",
         workers=settings.listen.processes,

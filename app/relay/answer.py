@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from app.errors import GatewayError, WorkerLost
 from app.inference import InferenceRequest
@@ -19,6 +19,16 @@ AFTER_LAST_EVENT_S = 1.0
 
 JSON_TYPE = b"application/json"
 SSE_TYPE = b"text/event-stream"
+
+
+class Sink(Protocol):
+    """Where an answer is poured: a client's connection."""
+
+    def write(self, part: bytes) -> None:
+        """Send, or buffer, `part`. Never waits."""
+
+    def on_pause(self, listener: Callable[[bool], None] | None) -> None:
+        """Have `listener` told when the client does not keep up (True), and when it does again (False)."""
 
 
 class Answer:
@@ -38,6 +48,11 @@ class Answer:
     async def next(self) -> bytes:
         """The next bytes for the client, as soon as there are any; empty at the end."""
         raise NotImplementedError
+
+    async def pour(self, sink: Sink) -> None:
+        """Write the rest to `sink`, as `next` would yield it."""
+        while part := await self.next():
+            sink.write(part)
 
     def __enter__(self) -> Self:
         return self
@@ -102,24 +117,53 @@ class StreamedAnswer(Answer):
 
     async def next(self) -> bytes:
         while not self._ended:
-            try:
-                data = await self._read()
-                if not data:
-                    raise WorkerLost("The worker ended its answer before it was complete.")
-                relayed = self._take(self._splitter.feed(data))
-            except GatewayError as error:
-                return self._break(error)
-            if relayed:
-                return relayed
-        if self.is_whole and not self._connection.is_complete:
-            await self._await_end()
+            part = self._digest()
+            if part:
+                return part
+            if part is None:
+                await self._connection.arrival()
+        await self._await_end()
         return b""
 
-    async def _read(self) -> bytes:
-        if self._begun:
-            begun, self._begun = self._begun, b""
-            return begun
-        return await self._connection.read()
+    async def pour(self, sink: Sink) -> None:
+        """See `Answer.pour`. Each part is written in the callback in which it arrives: waking a task for every chunk
+        of every stream costs as much again as relaying it.
+        """
+        done = asyncio.get_running_loop().create_future()
+
+        def arrived() -> None:
+            try:
+                while not self._ended and (part := self._digest()) is not None:
+                    if part:
+                        sink.write(part)
+            except Exception as error:  # noqa: BLE001 - a callback: the error belongs to who awaits `done`
+                if not done.done():
+                    done.set_exception(error)
+            if self._ended and not done.done():
+                done.set_result(None)
+
+        self._connection.listen(arrived)
+        sink.on_pause(self._connection.hold)
+        try:
+            arrived()
+            await done
+        finally:
+            sink.on_pause(None)
+            self._connection.listen(None)
+        await self._await_end()
+
+    def _digest(self) -> bytes | None:
+        """What the next bytes from the worker mean for the client; None while none have come."""
+        try:
+            data = self._begun or self._connection.take()
+            self._begun = b""
+            if data is None:
+                return None
+            if not data:
+                raise WorkerLost("The worker ended its answer before it was complete.")
+            return self._take(self._splitter.feed(data))
+        except GatewayError as error:
+            return self._break(error)
 
     def _take(self, events: list[bytes]) -> bytes:
         """What of `events` goes to the client; notes tokens, usage and the end."""
@@ -147,6 +191,8 @@ class StreamedAnswer(Answer):
 
     async def _await_end(self) -> None:
         """After the last event the body still has to end, or the connection could not be used again."""
+        if not self.is_whole or self._connection.is_complete:
+            return
         try:
             async with asyncio.timeout(AFTER_LAST_EVENT_S):
                 await self._connection.read()

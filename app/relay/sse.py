@@ -36,7 +36,7 @@ class EventSplitter:
         Raises UpstreamBadResponse for an event of more than EVENT_MAX_BYTES.
         """
         # vLLM sends LF only and writes whole events, and JSON text has no bare CR, so this is nearly every call.
-        if not self._pending and data.endswith(b"\n\n") and b"\r" not in data:
+        if not self._pending and len(data) <= EVENT_MAX_BYTES and data.endswith(b"\n\n") and b"\r" not in data:
             if data.count(b"\n\n") == 1:
                 return [data]
             return [event + b"\n\n" for event in data[:-2].split(b"\n\n")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, cast
@@ -35,9 +36,11 @@ class Connection(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
         self._loop = loop
         self._limits = limits
+        self._longest_sleep_s = min(limits.first_byte_timeout_s, limits.gap_timeout_s, limits.total_timeout_s)
         self._transport: asyncio.Transport = cast("asyncio.Transport", None)  # set before any other callback
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._busy = False
         self.idle_since = 0.0
@@ -48,6 +51,7 @@ class Connection(asyncio.Protocol):
         self._parts: list[bytes] = []
         self._buffered = 0
         self._paused = False
+        self._held = False
         self._error: GatewayError | None = None
         self._head_bytes = 0
         self._answered = False
@@ -55,8 +59,14 @@ class Connection(asyncio.Protocol):
         self.headers: dict[bytes, bytes] = {}
         self.is_complete = False
         self.has_body_begun = False
+        self._keeps_alive = False
 
     # -- what the relay calls --------------------------------------------------------------------------------------
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Body bytes that wait to be read; the worker is not read from while they are more than BUFFER_MAX_BYTES."""
+        return self._buffered
 
     def start(self, head: bytes, body: bytes) -> None:
         """Send a request. The connection must be idle."""
@@ -64,44 +74,38 @@ class Connection(asyncio.Protocol):
         self._busy = True
         self._started = self._since = self._loop.time()
         self._transport.writelines((head, body))
-        self._timer = self._loop.call_later(self._limits.first_byte_timeout_s, self._check_time)
+        self._timer = self._loop.call_later(self._longest_sleep_s, self._check_time)
 
     async def read_head(self) -> None:
         """Wait until `status` and `headers` are known. Raises GatewayError."""
         while not self._answered:
-            await self._wait()
+            await self.arrival()
 
     async def read(self) -> bytes:
         """The body bytes that have come since the last call, waiting for some; empty at the end of the body.
 
         Raises WorkerLost, UpstreamBadResponse, UpstreamTimeout, UpstreamStalled, after all bytes that came before.
         """
-        while not self._parts:
+        while (data := self.take()) is None:
+            await self.arrival()
+        return data
+
+    def take(self) -> bytes | None:
+        """As `read`, without waiting: None while nothing has come."""
+        if not self._parts:
             if self.is_complete:
                 return b""
-            await self._wait()
+            if self._error is not None:
+                raise self._error
+            return None
         parts, self._parts, self._buffered = self._parts, [], 0
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def finish(self) -> bool:
-        """End the exchange. True when the connection may carry another one; otherwise it is closed at once."""
-        self._busy = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        reusable = self.is_open and self.is_complete and self._error is None and self._parser.should_keep_alive()
-        if not reusable:
-            self.abort()
-        return reusable
-
-    def abort(self) -> None:
-        self.is_open = False
-        self._transport.abort()
-
-    async def _wait(self) -> None:
+    async def arrival(self) -> None:
+        """Wait until something comes: bytes, the end, or an error, which is raised."""
         if self._error is not None:
             raise self._error
         self._since = self._loop.time()
@@ -111,9 +115,43 @@ class Connection(asyncio.Protocol):
         finally:
             self._waiter = None
 
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Have `listener` called whenever `take` has something new to say, in the callback in which it arrives."""
+        self._listener = listener
+        self._since = self._loop.time()
+
+    def hold(self, is_held: bool) -> None:
+        """Stop reading from the worker, or go on: a listener's client does not keep up. The gap limit stands still."""
+        self._held = is_held
+        self._since = self._loop.time()
+        if self.is_open and not self.is_complete:
+            (self._transport.pause_reading if is_held else self._transport.resume_reading)()
+
+    def finish(self) -> bool:
+        """End the exchange. True when the connection may carry another one; otherwise it is closed at once."""
+        self._busy = False
+        self._listener = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        reusable = self.is_open and self.is_complete and self._error is None and self._keeps_alive
+        if not reusable:
+            self.abort()
+        return reusable
+
+    def abort(self) -> None:
+        self.is_open = False
+        self._transport.abort()
+
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self._listener is not None:
+            self._listener()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    @property
+    def _is_awaited(self) -> bool:
+        return self._waiter is not None or (self._listener is not None and not self._held)
 
     def _break(self, error: GatewayError) -> None:
         if self._error is None and not self.is_complete:
@@ -128,11 +166,11 @@ class Connection(asyncio.Protocol):
         """
         now = self._loop.time()
         limit = self._limits.gap_timeout_s if self.has_body_begun else self._limits.first_byte_timeout_s
-        waited = now - self._since if self._waiter is not None else 0.0
+        waited = now - self._since if self._is_awaited else 0.0
         if now - self._started >= self._limits.total_timeout_s:
             self._break(UpstreamStalled("The answer took longer than a whole answer may."))
         elif waited < limit:
-            self._timer = self._loop.call_later(max(0.01, min(limit - waited, limit)), self._check_time)
+            self._timer = self._loop.call_later(min(limit - waited, self._longest_sleep_s), self._check_time)
         elif self.has_body_begun:
             self._break(UpstreamStalled("The worker stopped in the middle of its answer."))
         else:
@@ -161,7 +199,7 @@ class Connection(asyncio.Protocol):
         if self._buffered > BUFFER_MAX_BYTES and not self._paused:
             self._paused = True
             self._transport.pause_reading()
-        if self._waiter is not None and (self._parts or self._answered):
+        if self._answered:
             self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -194,6 +232,7 @@ class Connection(asyncio.Protocol):
             self._answered = False
         else:
             self.is_complete = True
+            self._keeps_alive = self._parser.should_keep_alive()  # known only inside this callback
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
@@ -171,6 +172,7 @@ class Metrics:
         """All series in Prometheus' text format; of all processes when there are several. Blocks for milliseconds."""
         if MULTIPROC_DIR not in os.environ:
             return generate_latest(self._registry)
+        _forget_killed(Path(os.environ[MULTIPROC_DIR]))
         merged = CollectorRegistry()
         MultiProcessCollector(merged)  # type: ignore[no-untyped-call]
         return generate_latest(merged)
@@ -181,8 +183,18 @@ class Metrics:
             mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
 
 
+def _forget_killed(directory: Path) -> None:
+    """Take the gauges of processes that no longer exist out of the sum: who was killed could not do it."""
+    for values in directory.glob("gauge_live*_*.db"):
+        try:
+            os.kill(int(values.stem.rpartition("_")[2]), 0)
+        except ProcessLookupError:
+            values.unlink(missing_ok=True)
+
+
 def open_metrics() -> Metrics:
-    disable_created_metrics()  # a third of all series, and nobody reads them
+    # They would be a third of all series, and nobody reads them.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     if MULTIPROC_DIR not in os.environ:
         ProcessCollector(registry=registry)

@@ -18,6 +18,12 @@ from app.workers.worker import State, Worker
 
 METRICS_MAX_BYTES = 4 * 1024 * 1024
 REASON_CHARS = 300
+# The least work that proves a model, by its kind: a generating, an embedding, a scoring one. It offers one of them.
+CANARIES: tuple[tuple[Route, dict[str, Any]], ...] = (
+    (Route.COMPLETIONS, {"prompt": "1", "max_tokens": 1}),
+    (Route.EMBEDDINGS, {"input": "1"}),
+    (Route.SCORE, {"text_1": "1", "text_2": "1"}),
+)
 
 
 class NotProven(Exception):
@@ -101,11 +107,10 @@ class Monitor:
         self._change(worker, transitions.proven(worker.condition))
 
     async def _canary(self, client: httpx.AsyncClient, worker: Worker) -> None:
-        body: dict[str, Any] = {"model": worker.address.served_model, "prompt": "1", "max_tokens": 1}
-        response = await self._ask(client, worker, Route.COMPLETIONS, body)
-        if response.status_code == httpx.codes.NOT_FOUND:  # an embedding model has no completions
-            body = {"model": worker.address.served_model, "input": "1"}
-            response = await self._ask(client, worker, Route.EMBEDDINGS, body)
+        for route, fields in CANARIES:
+            response = await self._ask(client, worker, route, {"model": worker.address.served_model, **fields})
+            if response.status_code != httpx.codes.NOT_FOUND:
+                break
         if response.status_code != httpx.codes.OK:
             raise NotProven(f"one token asked, answered {response.status_code}: {_message(response)}"[:REASON_CHARS])
 

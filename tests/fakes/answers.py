@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.fakes.generation import Choice, Token, logprob
 from tests.fakes.parsing import Job
-from tests.fakes.vocabulary import Vocabulary, pieces
+from tests.fakes.vocabulary import Vocabulary
 
 Json = dict[str, Any]
 FINGERPRINT = "vllm-0.32.0-d6fc5c20"
@@ -80,7 +80,7 @@ def chat_body(draft: Draft) -> Json:
         "service_tier": None,
         "system_fingerprint": FINGERPRINT,
         "usage": usage(draft),
-        "prompt_logprobs": None,
+        "prompt_logprobs": _prompt_logprobs(draft, draft.job.prompts[0]) if _wants_prompt_logprobs(draft) else None,
         "prompt_token_ids": draft.prompt_ids(),
         "prompt_text": None,
         "kv_transfer_params": None,
@@ -175,7 +175,11 @@ def completion_logprobs(job: Job, tokens: Sequence[Token], offset: int, echoed: 
         return None
     offsets = [offset + sum(len(token.piece) for token in tokens[:position]) for position in range(len(tokens))]
     values: list[float | None] = [logprob(token.piece) for token in tokens]
-    tops: list[Json | None] = [{token.piece: logprob(token.piece)} for token in tokens]
+    ranks = range(max(1, int(job.body["logprobs"])))
+    tops: list[Json | None] = [
+        {ranked["token"]: ranked["logprob"] for ranked in (_ranked(token.piece, rank) for rank in ranks)}
+        for token in tokens
+    ]
     if echoed and tokens:
         values[0] = tops[0] = None
     return {
@@ -184,6 +188,10 @@ def completion_logprobs(job: Job, tokens: Sequence[Token], offset: int, echoed: 
         "tokens": [token.piece for token in tokens],
         "top_logprobs": tops,
     }
+
+
+def _wants_prompt_logprobs(draft: Draft) -> bool:
+    return draft.job.body.get("prompt_logprobs") is not None or bool(draft.job.body.get("echo"))
 
 
 def _prompt_logprobs(draft: Draft, echoed: Sequence[str]) -> list[Json | None]:
@@ -204,10 +212,16 @@ def chunks(draft: Draft) -> Iterator[tuple[int, Json]]:
     for position in range(max((len(choice.tokens) for choice in draft.choices), default=0)):
         steps = position + 1
         for choice in draft.choices:
-            if position < len(choice.tokens):
+            if position < len(choice.tokens) and _has_chunk(draft, choice, position):
                 yield steps, _token_chunk(draft, choice, position)
     if draft.job.include_usage:
         yield steps, _usage_chunk(draft)
+
+
+def _has_chunk(draft: Draft, choice: Choice, position: int) -> bool:
+    """A chat token that shows nothing is sent only as the last, or for its log probability or id."""
+    shown = draft.job.kind != "chat" or choice.tokens[position].shows != "nothing"
+    return shown or position == len(choice.tokens) - 1 or draft.wants_ids or bool(draft.job.body.get("logprobs"))
 
 
 def _chunk(draft: Draft, choices: list[Json]) -> Json:
@@ -252,12 +266,9 @@ def _token_chunk(draft: Draft, choice: Choice, position: int) -> Json:
 
 def _chat_delta(draft: Draft, choice: Choice, position: int, last: bool) -> Json:
     token = choice.tokens[position]
-    delta: Json = {"content": token.text} if token.text else {}
-    if choice.tool_call is not None:
-        delta = _tool_delta(draft, choice, position)
     out: Json = {
         "index": choice.index,
-        "delta": delta,
+        "delta": _delta(draft, choice, token),
         "logprobs": chat_logprobs(draft.job, [token]),
         "finish_reason": choice.finish_reason if last else None,
     }
@@ -266,20 +277,15 @@ def _chat_delta(draft: Draft, choice: Choice, position: int, last: bool) -> Json
     return {**out, "token_ids": draft.ids([token])}
 
 
-def _tool_delta(draft: Draft, choice: Choice, position: int) -> Json:
-    """The first token's chunk names the function, those after it carry the arguments, the end token's is empty."""
-    assert choice.tool_call is not None
-    if position == len(choice.tokens) - 1:
-        return {}
-    if position == 0:
-        function = {"name": choice.tool_call.name}
-        call: Json = {"id": _tool_id(draft, choice), "type": "function", "index": 0, "function": function}
+def _delta(draft: Draft, choice: Choice, token: Token) -> Json:
+    if token.shows == "text":
+        return {"content": token.text}
+    if token.shows == "name":
+        call: Json = {"id": _tool_id(draft, choice), "type": "function", "index": 0, "function": {"name": token.text}}
         return {"content": None, "tool_calls": [call]}
-    words = pieces(choice.tool_call.arguments)
-    # The name took the first token's chunk, so the last argument chunk carries what is left over.
-    rest = len(choice.tokens) - 2
-    part = words[position - 1] if position < rest else "".join(words[position - 1 :])
-    return {"content": None, "tool_calls": [{"index": 0, "function": {"arguments": part}}]}
+    if token.shows == "arguments":
+        return {"content": None, "tool_calls": [{"index": 0, "function": {"arguments": token.text}}]}
+    return {}
 
 
 def _completion_delta(draft: Draft, choice: Choice, position: int, last: bool) -> Json:
@@ -293,9 +299,15 @@ def _completion_delta(draft: Draft, choice: Choice, position: int, last: bool) -
         "logprobs": completion_logprobs(draft.job, reported, len(before), bool(echoed)),
         "finish_reason": choice.finish_reason if last else None,
         "stop_reason": choice.stop_reason if last else None,
-        "prompt_token_ids": draft.prompt_ids(choice.prompt) if position == 0 else None,
+        "prompt_token_ids": _first_ids(draft, choice) if position == 0 else None,
         "token_ids": draft.ids([token]),
     }
+
+
+def _first_ids(draft: Draft, choice: Choice) -> list[int] | None:
+    """An echoed prompt comes with its ids, asked for or not."""
+    echoed = bool(draft.job.body.get("echo"))
+    return list(draft.job.prompt_ids[choice.prompt]) if echoed or draft.wants_ids else None
 
 
 def _usage_chunk(draft: Draft) -> Json:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 from tests.fakes.faults import Faults
-from tests.fakes.server import JSON, Exchange
+from tests.fakes.server import JSON, Exchange, Header
 
 SSE = "text/event-stream; charset=utf-8"
 DONE = b"[DONE]"
@@ -35,19 +35,29 @@ ENGINE_ERROR = {
 class EventStream:
     """Server-sent events on a chunked answer. `faults` decide about the place of a break and the way of writing."""
 
-    def __init__(self, exchange: Exchange, faults: Faults, hang: Hang) -> None:
+    def __init__(self, exchange: Exchange, faults: Faults, hang: Hang, headers: list[Header]) -> None:
         self._exchange = exchange
         self._faults = faults
         self._hang = hang
+        self._headers = headers
+        self._opened = False
         self._sent = 0
         self._last = b""
         # With a false content-length the whole body must be known before the headers.
         self._held: list[bytes] | None = [] if "short_cl" in faults or "long_cl" in faults else None
 
-    async def open(self, headers: list[tuple[str, str]]) -> None:
-        self._headers = headers
-        if self._held is None:
-            await self._exchange.open_stream(SSE, headers)
+    async def open(self) -> None:
+        """Send status and headers, once."""
+        if self._held is None and not self._opened:
+            await self._exchange.open_stream(SSE, self._headers)
+        self._opened = True
+
+    async def fail(self, error: Mapping[str, Any]) -> None:
+        """End the stream as vLLM does when the engine fails: an error event, `[DONE]`, an orderly end."""
+        # This one event is written by json.dumps: spaces, escaped.
+        await self._write(self._frame(json.dumps(error).encode(), None))
+        await self._write(self._frame(DONE, None))
+        await self._exchange.end()
 
     async def send(self, payload: bytes, name: str | None = None) -> None:
         """Send one event. Raises Cut when the fault has struck."""
@@ -100,10 +110,7 @@ class EventStream:
         raise Cut
 
     async def _error_event(self) -> None:
-        # vLLM writes this one event with json.dumps: spaces, escaped.
-        await self._write(self._frame(json.dumps(ENGINE_ERROR).encode(), None))
-        await self._write(self._frame(DONE, None))
-        await self._exchange.end()
+        await self.fail(ENGINE_ERROR)
         raise Cut
 
     async def _huge_event(self) -> None:
@@ -148,7 +155,7 @@ async def write_chunks(exchange: Exchange, data: bytes, faults: Faults) -> None:
 
 
 async def send_misdeclared(
-    exchange: Exchange, status: int, body: bytes, kind: str, headers: list[tuple[str, str]], faults: Faults
+    exchange: Exchange, status: int, body: bytes, kind: str, headers: list[Header], faults: Faults
 ) -> None:
     """Send a body under a content-length that is too small (short_cl) or too large (long_cl). Raises Cut."""
     length = len(body) - min(SURPLUS, len(body)) if "short_cl" in faults else len(body) + SURPLUS
@@ -160,7 +167,7 @@ async def send_misdeclared(
 
 
 async def send_body(
-    exchange: Exchange, status: int, body: bytes, headers: list[tuple[str, str]], faults: Faults, hang: Hang
+    exchange: Exchange, status: int, body: bytes, headers: list[Header], faults: Faults, hang: Hang
 ) -> None:
     """Send a plain JSON answer, broken as the fault says. Raises Cut when it has not been sent whole."""
     name = faults.cut()
@@ -181,7 +188,7 @@ async def send_body(
         await exchange.answer(status, body, JSON, headers)
 
 
-async def _send_chunked(exchange: Exchange, body: bytes, headers: list[tuple[str, str]], faults: Faults) -> None:
+async def _send_chunked(exchange: Exchange, body: bytes, headers: list[Header], faults: Faults) -> None:
     await exchange.open_stream(JSON, headers)
     if "bad_chunk" in faults:
         await exchange.chunk(body[: len(body) // 2])
@@ -193,7 +200,7 @@ async def _send_chunked(exchange: Exchange, body: bytes, headers: list[tuple[str
 
 
 async def _send_part(
-    exchange: Exchange, status: int, body: bytes, headers: list[tuple[str, str]], faults: Faults, hang: Hang
+    exchange: Exchange, status: int, body: bytes, headers: list[Header], faults: Faults, hang: Hang
 ) -> None:
     """Send the honest headers and the first n bytes, then die, reset or hang."""
     name = faults.cut() or ""

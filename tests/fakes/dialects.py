@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tests.fakes.answers import Draft
@@ -18,7 +19,7 @@ def responses_body(draft: Draft) -> Json:
     length = choice.finish_reason == "length"
     status = "incomplete" if length else "completed"
     reason = {"reason": "max_output_tokens"} if length else None
-    message = _message(draft, choice.text, status)
+    message = _message(draft, choice.text, "completed")
     return _response(draft, status=status, incomplete=reason, output=[message], usage=_responses_usage(draft))
 
 
@@ -82,7 +83,10 @@ def _part(text: str, logprobs: list[Json] | None) -> Json:
 
 def _responses_usage(draft: Draft) -> Json:
     prompt, generated = draft.job.prompt_tokens, draft.generated
-    read = {"cached_tokens": draft.cached, "cache_write_tokens": 0}
+    read = {
+        "cached_tokens": draft.cached,
+        "cache_write_tokens": draft.created_cache if draft.prompt_tokens_details else 0,
+    }
     return {
         "input_tokens": prompt,
         "input_tokens_details": {**read, "input_tokens_per_turn": [], "cached_tokens_per_turn": []},
@@ -111,7 +115,7 @@ def _responses_steps(draft: Draft) -> Iterator[Event]:
     yield 1, "response.output_item.added", {"item": _message(draft, None, "in_progress"), "output_index": 0}
     yield 1, "response.content_part.added", {**place, "part": _part("", [])}
     for step, token in enumerate(choice.tokens, start=1):
-        if token.text:
+        if token.shows == "text" and token.text:
             yield step, "response.output_text.delta", {**place, "delta": token.text, "logprobs": []}
     last = len(choice.tokens)
     yield last, "response.output_text.done", {**place, "text": choice.text, "logprobs": []}
@@ -126,7 +130,7 @@ def messages_body(draft: Draft) -> Json:
     content: list[Json] = [{"type": "text", "text": choice.text}]
     if choice.tool_call is not None:
         call = {"type": "tool_use", "id": f"chatcmpl-tool-{draft.identity[-16:]}", "name": choice.tool_call.name}
-        content = [{**call, "input": {}}]
+        content = [{**call, "input": json.loads(choice.tool_call.arguments)}]
     return {
         "id": draft.identity,
         "type": "message",
@@ -159,18 +163,27 @@ def _messages_usage(draft: Draft, generated: int) -> Json:
     }
 
 
+def messages_error(body: Mapping[str, Any]) -> Json:
+    """vLLM's error object in Anthropic's shape, without param and code."""
+    error = body["error"]
+    return {"type": "error", "error": {"type": error["type"], "message": error["message"]}}
+
+
 def messages_events(draft: Draft) -> Iterator[Event]:
     """The named events of a streamed message, from `message_start` to `message_stop`."""
     choice = draft.choices[0]
-    start = {**messages_body(draft), "content": [], "stop_reason": None, "stop_sequence": None}
-    start["usage"] = _messages_usage(draft, 0)
+    # Before the answer the cache's share is not known: the usage counts the whole prompt.
+    unknown = {"input_tokens": draft.job.prompt_tokens, "output_tokens": 0}
+    start = {**messages_body(draft), "content": [], "stop_reason": None}
+    del start["usage"]
+    start |= {"stop_sequence": None, "usage": unknown}
     block = {"type": "text", "text": ""}
     yield 1, "message_start", {"type": "message_start", "message": start}
-    yield 1, "content_block_start", {"type": "content_block_start", "index": 0, "content_block": block}
+    yield 1, "content_block_start", {"type": "content_block_start", "content_block": block, "index": 0}
     for step, token in enumerate(choice.tokens, start=1):
-        if token.text:
+        if token.shows == "text" and token.text:
             delta = {"type": "text_delta", "text": token.text}
-            yield step, "content_block_delta", {"type": "content_block_delta", "index": 0, "delta": delta}
+            yield step, "content_block_delta", {"type": "content_block_delta", "delta": delta, "index": 0}
     last = len(choice.tokens)
     stop = {"stop_reason": _messages_stop(draft), "stop_sequence": choice.stop_reason}
     tokens = _messages_usage(draft, draft.generated)

@@ -132,8 +132,8 @@ class Engine:
                 turn.set_result(None)
         self._changed()
 
-    @asynccontextmanager
-    async def starving(self) -> AsyncIterator[None]:
+    @contextmanager
+    def starving(self) -> Iterator[None]:
         """Count as waiting for KV blocks that do not come."""
         self.starved += 1
         self.preemptions += 1

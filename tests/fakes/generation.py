@@ -25,10 +25,16 @@ MULTIBYTE = (" é", " 漢字", " 🙂")
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token and the text that becomes visible with it (less when a stop string is held back)."""
+    """One generated token and what becomes visible with it.
+
+    `shows` is text (`text`, less than `piece` when a stop string is cut off), name or arguments of a tool call, or
+    nothing: the end token, a held-back stop string, the markup around a tool call. A token that shows nothing has no
+    chunk of its own, so chunks are not tokens.
+    """
 
     piece: str
-    text: str
+    text: str = ""
+    shows: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +45,18 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One whole answer: its tokens, the tool call they make up, and why it ended."""
+    """One whole answer: its tokens, its text or tool call, and why it ended. A call cut short is no call, but text."""
 
     index: int
     prompt: int
     tokens: tuple[Token, ...]
+    text: str
     finish_reason: str
     stop_reason: str | None = None
     tool_call: ToolCall | None = None
 
-    @property
-    def text(self) -> str:
-        return "".join(token.text for token in self.tokens)
+
+END = Token(END_OF_TEXT, shows="nothing")
 
 
 def generate(job: Job, *, multibyte: bool = False) -> list[Choice]:
@@ -68,7 +74,7 @@ def _text_choice(job: Job, index: int, before: Iterable[str]) -> Choice:
     if endless:
         words = list(islice(cycle(words or [" x"]), job.max_tokens))
     elif len(words) < job.max_tokens:
-        return _stopped(job, index, prompt, [*(Token(word, word) for word in words), Token(END_OF_TEXT, "")], "stop")
+        return _stopped(job, index, prompt, [*(Token(word, word) for word in words), END], "stop")
     tokens = [Token(word, word) for word in words[: job.max_tokens]]
     return _stopped(job, index, prompt, tokens, "length")
 
@@ -78,6 +84,9 @@ def _words(job: Job, prompt: int, rotation: int) -> list[str]:
     if nonce is not None:
         asked = job.body.get("max_tokens") or job.body.get("max_completion_tokens") or DEFAULT_NONCE_TOKENS
         return [f" {nonce}-{position}" for position in range(min(int(asked), job.max_tokens))]
+    allowed = (job.body.get("structured_outputs") or {}).get("choice")
+    if allowed:
+        return pieces(allowed[0])
     wanted = job.body.get("response_format") or {}
     schema = json_schema(job.body)
     if schema is not None:
@@ -96,16 +105,17 @@ def _stopped(job: Job, index: int, prompt: int, tokens: list[Token], reason: str
     text = "".join(token.text for token in tokens)
     found = min(((text.find(stop), stop) for stop in stops if stop in text), default=None)
     if found is None:
-        return Choice(index, prompt, tuple(tokens), reason)
+        return Choice(index, prompt, tuple(tokens), text, reason)
     at, stop = found
     kept: list[Token] = []
     seen = 0
     for token in tokens:
-        kept.append(Token(token.piece, token.text[: max(0, at - seen)]))
+        visible = token.text[: max(0, at - seen)]
+        kept.append(Token(token.piece, visible, "text" if visible else "nothing"))
         seen += len(token.text)
         if seen >= at + len(stop):
             break
-    return Choice(index, prompt, tuple(kept), "stop", stop)
+    return Choice(index, prompt, tuple(kept), text[:at], "stop", stop)
 
 
 def _tool_call(job: Job) -> ToolCall | None:
@@ -126,13 +136,16 @@ def _tool_call(job: Job) -> ToolCall | None:
 
 
 def _tool_choice(job: Job, index: int, call: ToolCall) -> Choice:
-    words = [*pieces(call.arguments), END_OF_TEXT]
-    tokens = tuple(Token(word, "") for word in words[: job.max_tokens])
-    if len(words) > job.max_tokens:
-        cut = ToolCall(call.name, "".join(token.piece for token in tokens))
-        return Choice(index, index // job.n, tokens, "length", tool_call=cut)
-    named = isinstance(job.body.get("tool_choice"), dict)
-    return Choice(index, index // job.n, tokens, "stop" if named else "tool_calls", tool_call=call)
+    """A call in Hermes' markup, of which a stream shows the name and the arguments."""
+    *before, last = pieces(f'<tool_call>\n{{"name": "{call.name}", "arguments":')
+    tokens = [*(Token(piece, shows="nothing") for piece in before), Token(last, call.name, "name")]
+    tokens += [Token(piece, piece, "arguments") for piece in pieces(call.arguments)]
+    tokens += [*(Token(piece, shows="nothing") for piece in pieces("}\n</tool_call>")), END]
+    if len(tokens) > job.max_tokens:
+        kept = tuple(tokens[: job.max_tokens])
+        return Choice(index, index // job.n, kept, "".join(token.piece for token in kept), "length")
+    reason = "stop" if isinstance(job.body.get("tool_choice"), dict) else "tool_calls"
+    return Choice(index, index // job.n, tuple(tokens), "", reason, tool_call=call)
 
 
 def example(schema: Mapping[str, Any]) -> Any:

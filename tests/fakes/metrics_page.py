@@ -76,6 +76,19 @@ class Statistics:
         }
     )
 
+    def account(
+        self, prompt_tokens: int, generated: int, reasons: Iterable[str], queued: float, ttft: float, whole: float
+    ) -> None:
+        """Count one finished request: its tokens, why its choices ended, and its times in seconds."""
+        self.prompt_tokens += prompt_tokens
+        for reason in reasons:
+            self.finished["length" if reason == "length" else "stop"] += 1
+        self.histograms["request_queue_time_seconds"].observe(queued)
+        self.histograms["time_to_first_token_seconds"].observe(ttft)
+        self.histograms["e2e_request_latency_seconds"].observe(whole)
+        self.histograms["request_prompt_tokens"].observe(prompt_tokens)
+        self.histograms["request_generation_tokens"].observe(generated)
+
 
 @dataclass(frozen=True, slots=True)
 class Readings:

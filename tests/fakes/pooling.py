@@ -6,7 +6,7 @@ import math
 import zlib
 from typing import Any
 
-from tests.fakes.parsing import Body, bad_request
+from tests.fakes.refusals import Body, bad_request
 from tests.fakes.vocabulary import pieces
 
 Json = dict[str, Any]

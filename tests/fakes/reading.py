@@ -65,8 +65,8 @@ async def post_raw(url: str, path: str, body: dict[str, Any]) -> tuple[bytes, by
     reader, writer = await asyncio.open_connection(place.hostname, place.port)
     try:
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(content)}\r\n\r\n"
-        writer.write(head.encode() + content)
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        writer.write(head.encode() + b"content-length: %d\r\n\r\n%b" % (len(content), content))
         answer = await reader.read(-1)
     finally:
         writer.close()

@@ -11,7 +11,7 @@ import json
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
@@ -60,7 +60,8 @@ class Exchange:
 
     @property
     def client_left(self) -> bool:
-        return self._connection.lost
+        """Whether the connection is gone, and not by our hand."""
+        return self._connection.lost and not self._connection.severed
 
     def head(self, status: int, headers: Iterable[Header]) -> bytes:
         """Status line and headers in uvicorn's order: date and server first."""
@@ -124,6 +125,7 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._exchange: Exchange | None = None
         self.lost = False
+        self.severed = False
         self._begin_message()
 
     def _begin_message(self) -> None:
@@ -190,9 +192,7 @@ class Connection(asyncio.Protocol):
             return
         self._pending.append(request)
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._serve())
-            self._server.tasks.add(self._task)
-            self._task.add_done_callback(self._server.tasks.discard)
+            self._task = self._server.run(self._serve())
 
     # the handler's side
 
@@ -203,6 +203,9 @@ class Connection(asyncio.Protocol):
                 await self._server.handle(self._exchange)
                 if not self._exchange.keep_alive:
                     self.close()
+        except BaseException:
+            self.close()
+            raise
         finally:
             self._task = None
 
@@ -213,10 +216,12 @@ class Connection(asyncio.Protocol):
         await self._writable.wait()
 
     def close(self) -> None:
+        self.severed = True
         if self._transport is not None:
             self._transport.close()
 
     def reset(self) -> None:
+        self.severed = True
         if self._transport is None or self._transport.is_closing():
             return
         peer = self._transport.get_extra_info("socket")
@@ -234,12 +239,21 @@ class Server:
         self.handle = handle
         self.changed = changed
         self.connections: set[Connection] = set()
-        self.tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failures: list[BaseException] = []
         self._listener: asyncio.Server | None = None
 
-    @property
-    def listening(self) -> bool:
-        return self._listener is not None
+    def run(self, serving: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a connection's handler as a task that `stop` ends."""
+        task = asyncio.get_running_loop().create_task(serving)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            self._failures.append(failure)
 
     async def start(self, host: str, port: int) -> int:
         """Listen and return the port; port 0 takes a free one. Raises OSError when the port is taken."""
@@ -250,9 +264,7 @@ class Server:
 
     def sever(self) -> None:
         """Stop listening and reset every connection, as the kernel does for a killed process."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        self.close_listener()
         for connection in list(self.connections):
             connection.reset()
 
@@ -263,9 +275,11 @@ class Server:
             self._listener = None
 
     async def stop(self) -> None:
-        """Sever everything and wait for the handlers to end."""
+        """Sever everything and wait for the handlers to end. Raises the first defect that a handler died of."""
         self.sever()
-        tasks = [task for task in self.tasks if task is not asyncio.current_task()]
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._failures:
+            raise self._failures.pop(0)

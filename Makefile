@@ -1,0 +1,56 @@
+# One command each. ARGS passes options on: make up ARGS="--port 9000 --variants dense,w8a8"
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LOCK   := deploy/locks/gateway.txt
+UV     := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' $(LOCK))
+ARGS   ?=
+
+# TORCH tells where the CPU build of torch is: PyTorch's own index, or --find-links DIRECTORY.
+TORCH   ?= --torch-backend cpu
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
+
+# What the real-worker tests serve; the first run makes it.
+TESTED := --prepare-only --variants dense,w8a8
+
+.DEFAULT_GOAL := help
+.PHONY: help up install check lint test bench locks
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+up: install  ## Serve a quantized model on 127.0.0.1:8000 (installs and makes what is missing)
+	@exec $(BIN)/python -m app up $(ARGS)
+
+install: $(VENV)/.installed  ## Make the gateway's environment in .venv
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; name one with PYTHON=…" >&2; exit 2; }
+	@echo "Installing the gateway and its tests into $(VENV) …"
+	@$(PYTHON) -m venv $(VENV) || { echo "error: Python cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(UV)"
+	@$(BIN)/python -m app.launcher.environments $(BIN)/python $(LOCK) .
+	@touch $@
+
+check: lint  ## Everything that needs no real worker: linters, types, imports, tests (under 2 minutes)
+	$(BIN)/python -m pytest -q -m "not vllm"
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint  ## Everything, also with real vLLM workers (prepares their environment and the default model first)
+	$(BIN)/python -m app up $(TESTED)
+	$(BIN)/python -m pytest -q
+
+bench: install  ## Measure what the gateway costs
+	$(BIN)/python -m loadtest bench $(ARGS)
+
+locks: install  ## Write the locks again from pyproject.toml and deploy/locks/*.in
+	$(COMPILE) --generate-hashes pyproject.toml --extra up --group dev -o $(LOCK)
+	for name in worker-cpu recipes; do \
+	  $(COMPILE) $(TORCH) --override deploy/locks/overrides.txt deploy/locks/$$name.in -o deploy/locks/$$name.txt || exit 1; \
+	done

@@ -1,0 +1,277 @@
+"""The command line. Everything heavy is imported inside the command that needs it, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from app.errors import ConfigurationError, SluiceError
+
+if TYPE_CHECKING:
+    from app.launcher.home import Home
+
+FAILED = 1
+WRONG_USAGE = 2
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+UP_EXAMPLES = """
+\b
+Examples:
+  sluice up                                    the default model, quantized to INT8
+  sluice up --variants dense,w8a8              two workers: unquantized and INT8
+  sluice up --model Qwen/Qwen2.5-0.5B-Instruct any model of the Hugging Face hub
+  sluice up --model ./checkpoint --name mine   a local checkpoint, quantized already or not
+  sluice up --worker http://gpu-1:8000=qwen:fp8 --worker http://gpu-2:8000=qwen:fp8
+                                               only the gateway, in front of workers that run
+"""
+WORKER_EXAMPLES = """
+\b
+Examples:
+  sluice worker ~/models/smollm2/w8a8 --served-model smollm2:w8a8 --port 9001
+  sluice worker ORG/MODEL --served-model qwen:dense --port 9001 --engine cuda -- --max-num-batched-tokens 4096
+"""
+COMPRESS_EXAMPLES = """
+\b
+Examples:
+  sluice compress --list
+  sluice compress smollm2 --recipe w8a8 --output ./smollm2-w8a8
+  sluice compress ORG/MODEL --recipe w8a8 --set 'ignore=["lm_head"]' --output ./model-w8a8
+"""
+
+
+class OneLineErrors(click.Group):
+    """Ends every command with its exit code: what goes wrong on purpose is one line, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigurationError as error:
+            self._end(str(error), WRONG_USAGE)
+        except SluiceError as error:
+            self._end(str(error), FAILED, getattr(error, "log_lines", []), getattr(error, "log", None))
+        except KeyboardInterrupt:
+            self._end("interrupted", FAILED)
+        return None
+
+    def _end(self, message: str, status: int, log_lines: list[str] | None = None, log: Path | None = None) -> None:
+        click.echo(f"error: {message}", err=True)
+        for line in log_lines or []:
+            click.echo(f"  | {line}", err=True)
+        if log:
+            click.echo(f"  all of it: {log}", err=True)
+        raise SystemExit(status)
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="sluice")
+def main() -> None:
+    """OpenAI-compatible serving of compressed models: one fair queue in front of vLLM workers."""
+
+
+def home_option(command: Command) -> Command:
+    return click.option(
+        "--home",
+        type=click.Path(path_type=Path),
+        help="Where environments, models and logs are kept.  [default: $SLUICE_HOME or ~/.local/share/sluice]",
+    )(command)
+
+
+def engine_options(command: Command) -> Command:
+    """What both `up` and `worker` pass on to vLLM."""
+    options = [
+        click.option("--engine", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+                     help="Build of vLLM; auto takes the GPU where there is one with a vLLM installed."),
+        click.option("--max-model-len", type=click.IntRange(min=1),
+                     help="Longest prompt plus answer, in tokens.  [default: 2048, or what the model can]"),
+        click.option("--kv-cache-bytes", type=click.IntRange(min=1), default=None,
+                     help="Memory of one worker's KV cache.  [default: 128 MiB on a CPU, what is left on a GPU]"),
+        click.option("--max-num-seqs", type=click.IntRange(min=1), default=8, show_default=True,
+                     help="Requests that one worker runs at once: its slots."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command(epilog=UP_EXAMPLES)
+@click.option("--model", metavar="ID_OR_PATH", help="Hub id, checkpoint directory or .gguf file.  [default: smollm2]")
+@click.option("--name", help="What clients ask for.  [default: made from --model]")
+@click.option("--variants", metavar="A,B", default="", help="One worker for each.  [default: w8a8]")
+@click.option("--worker", "workers", metavar="URL[=MODEL:VARIANT]", multiple=True,
+              help="A worker that runs already; no engine is started then. Repeatable.")  # fmt: skip
+@click.option("--config", type=click.Path(path_type=Path), help="More configuration for the gateway (YAML).")
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on, 0 for any free one.  [default: 8000]")
+@click.option("--processes", type=click.IntRange(min=1), help="Gateway processes.  [default: 1]")
+@engine_options
+@home_option
+@click.option("--run", type=click.Path(path_type=Path), help="Where this start keeps gateway.yaml and its logs.")
+@click.option("--prepare-only", is_flag=True, help="Install and make what is missing, then end.")
+def up(home: Path | None, variants: str, workers: tuple[str, ...], engine: str, **given: Any) -> None:
+    """Serve a model: installs what is missing, then starts Valkey, vLLM and the gateway, and stops them on Ctrl-C."""
+    with require_extra("up"):
+        from rich.console import Console
+
+        from app.launcher.network import GivenWorker
+        from app.launcher.progress import Steps
+        from app.launcher.up import UpOptions
+        from app.launcher.up import up as run_up
+    options = UpOptions(
+        home=home_at(home),
+        variants=variant_names(variants),
+        workers=tuple(GivenWorker.parse(text) for text in workers),
+        engine=engine_named(engine),
+        **given,
+    )
+    run_up(options, Steps(Console(stderr=True)))
+
+
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), help="Configuration (YAML).")
+@click.option("--host", help="Overrides listen.host.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Overrides listen.port.")
+@click.option("--processes", type=click.IntRange(min=1), help="Overrides listen.processes.")
+def gateway(config: Path | None, host: str | None, port: int | None, processes: int | None) -> None:
+    """Run the gateway alone, in front of the workers that its configuration names."""
+    from app.settings import load_settings
+
+    settings = load_settings(config, host=host, port=port, processes=processes)
+    from app.api.server import serve
+
+    serve(settings)
+
+
+@main.command(epilog=WORKER_EXAMPLES)
+@click.argument("checkpoint")
+@click.option("--served-model", required=True, metavar="MODEL:VARIANT", help="What the worker calls its model.")
+@click.option("--port", type=click.IntRange(1, 65535), required=True)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--cores", metavar="0,1,…", default="", help="CPU cores to bind to.  [default: vLLM's choice]")
+@engine_options
+@home_option
+@click.argument("vllm_arguments", nargs=-1, type=click.UNPROCESSED)
+def worker(home: Path | None, engine: str, cores: str, vllm_arguments: tuple[str, ...], **given: Any) -> None:
+    """Run one vLLM worker in the foreground; it has no access control, so keep it on a private network."""
+    with require_extra("up"):
+        from app.launcher.engines import choose_engine, require_installed
+        from app.launcher.machine import inspect_machine
+        from app.launcher.processes import WorkerOptions, worker_arguments, worker_environment
+    machine = inspect_machine()
+    choice = require_installed(choose_engine(engine_named(engine), home_at(home), machine))
+    given = {name: value for name, value in given.items() if value is not None}
+    options = WorkerOptions(cores=core_ids(cores), extra=vllm_arguments, **given)
+    arguments = worker_arguments(choice.python, options, choice.engine, machine)
+    environment = worker_environment(choice.python, options, choice.engine, machine, os.environ)
+    os.execve(arguments[0], arguments, environment)  # noqa: S606 - replaced, so that signals reach vLLM itself
+
+
+@main.command(epilog=COMPRESS_EXAMPLES)
+@click.argument("model", required=False)
+@click.option("--recipe", "recipe_name", metavar="NAME", help="How; `--list` shows them.")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory to write; must not exist or be empty.")
+@click.option("--name", help="Public name of the model.  [default: made from MODEL]")
+@click.option("--variant", help="Name of the variant.  [default: the recipe's]")
+@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the recipe. Repeatable.")
+@click.option("--list", "show", is_flag=True, help="Show the recipes and their parameters.")
+@home_option
+def compress(home: Path | None, show: bool, **given: Any) -> None:
+    """Make a variant of MODEL: a hub id, a checkpoint directory, a .gguf file, or smollm2."""
+    if show:
+        list_recipes()
+        return
+    if missing := next((name for name in ("model", "recipe_name", "output") if not given[name]), None):
+        wanted = {"model": "MODEL", "recipe_name": "--recipe NAME", "output": "--output DIR"}[missing]
+        raise click.UsageError(f"{wanted} is missing.")
+    run_recipe(home_at(home), **given)
+
+
+def list_recipes() -> None:
+    from app.recipes.recipe import RECIPES
+
+    for recipe in RECIPES:
+        click.echo(f"{recipe.name}\n  {recipe.summary}\n  Served by: {', '.join(recipe.engines)}")
+        for parameter in recipe.parameters:
+            click.echo(f"  --set {parameter.name}={parameter.default!r:20} {parameter.meaning}")
+
+
+def run_recipe(
+    home: Home,
+    *,
+    model: str,
+    recipe_name: str,
+    output: Path,
+    name: str | None,
+    variant: str | None,
+    settings: tuple[str, ...],
+) -> None:
+    with require_extra("up"):
+        from rich.console import Console
+
+        from app.launcher.checkpoints import resolve_base
+        from app.launcher.preparation import Order, compress_into
+        from app.launcher.progress import Steps
+    from app.recipes.recipe import find_recipe
+
+    recipe = find_recipe(recipe_name)
+    parameters = recipe.with_defaults(dict(assignment(text) for text in settings))
+    order = Order(resolve_base(model, name), recipe.name, variant or recipe.name, parameters)
+    compress_into(output.absolute(), order, home, Steps(Console(stderr=True)))
+    click.echo(output)
+
+
+def assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ConfigurationError(f"--set {text}: expected NAME=VALUE")
+    return name, value
+
+
+def variant_names(text: str) -> tuple[str, ...]:
+    """The names in `--variants`. Raises ConfigurationError for one that no recipe makes, or that comes twice."""
+    from app.recipes.recipe import find_recipe
+
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if len(set(names)) != len(names):
+        raise ConfigurationError(f"--variants {text}: a variant is named twice")
+    return tuple(find_recipe(name).name for name in names)
+
+
+def core_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(core) for core in text.split(",") if core.strip())
+    except ValueError:
+        raise ConfigurationError(f"--cores {text}: expected numbers parted by commas") from None
+
+
+def engine_named(name: str) -> Any:
+    from app.launcher.processes import Engine
+
+    return None if name == "auto" else Engine(name)
+
+
+def home_at(given: Path | None) -> Home:
+    from app.launcher.home import Home
+
+    return Home.at(given, os.environ)
+
+
+@contextmanager
+def require_extra(extra: str) -> Iterator[None]:
+    """Turns the absence of an optional dependency into one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] == "app":
+            raise
+        raise SluiceError(f"{error.name} is not installed: `pip install 'sluice[{extra}]'` brings it") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What `sluice up` runs: environments, checkpoints, processes, and the supervisor that keeps them."""

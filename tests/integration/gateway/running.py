@@ -1,0 +1,142 @@
+"""A real gateway process for tests: configured, started, watched through its own HTTP, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.fakes.worker import FakeWorker
+from tests.processes import Process, free_port
+
+START_TIMEOUT_S = 60.0
+POLL_S = 0.01
+
+Settings = Mapping[str, Any]
+
+
+async def until(holds: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 5.0) -> None:
+    """Ask again and again until it holds, for what only a scrape or a probe can tell. Raises TimeoutError."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not await holds():
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        raise TimeoutError(f"not within {timeout_s} s: {what}") from None
+
+
+def model(name: str, *workers: FakeWorker, **worker_settings: Any) -> dict[str, Any]:
+    """A model's part of the configuration: one variant `v` that `workers` serve."""
+    listed = [{"url": worker.url, "served_model": worker.model, **worker_settings} for worker in workers]
+    return {"name": name, "variants": [{"name": "v", "workers": listed}]}
+
+
+class Scrape:
+    """One reading of `/metrics`."""
+
+    def __init__(self, page: str) -> None:
+        families = text_string_to_metric_families(page)
+        self.samples = [sample for family in families for sample in family.samples]
+
+    def sum(self, name: str, **labels: str) -> float:
+        """All samples of `name` whose labels include these, added up; 0 when there are none."""
+        return sum(
+            sample.value for sample in self.samples if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
+class GatewayProcess:
+    """`sluice gateway` on free ports of 127.0.0.1, as a child process; `http` asks its public listener.
+
+    With `admin` it has a second listener, and `operators` asks that one; otherwise both are the same.
+    """
+
+    def __init__(self, directory: Path, models: Sequence[Settings], *, admin: bool = False, **settings: Any) -> None:
+        self.port = free_port()
+        self.admin_port = free_port() if admin else self.port
+        listeners: dict[str, Any] = {"listen": {"port": self.port, **settings.pop("listen", {})}}
+        if admin:
+            listeners["admin"] = {"port": self.admin_port}
+        config = {"logs": {"requests": "all"}, "health": {"probe_interval_s": 0.2}, **settings, **listeners}
+        self._config = directory / "gateway.yaml"
+        self._config.write_text(yaml.safe_dump({**config, "models": list(models)}), encoding="utf-8")
+        self._process: Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def process(self) -> Process:
+        """The running process. Raises RuntimeError before the start."""
+        if self._process is None:
+            raise RuntimeError("this gateway was not started")
+        return self._process
+
+    async def __aenter__(self) -> Self:
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=20)
+        self.operators = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.admin_port}", timeout=20)
+        self._process = start_gateway("--config", str(self._config))
+        try:
+            await asyncio.to_thread(self._process.wait_for_line, "Application startup complete", START_TIMEOUT_S)
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.http.aclose()
+        await self.operators.aclose()
+        await asyncio.to_thread(self.process.stop)
+
+    async def workers(self) -> dict[str, dict[str, str]]:
+        """What `/readyz` says of each worker, by `host:port`."""
+        report: dict[str, dict[str, str]] = (await self.http.get("/readyz")).json()["workers"]
+        return report
+
+    async def state_of(self, worker: FakeWorker) -> str:
+        return (await self.workers())[f"127.0.0.1:{worker.port}"]["state"]
+
+    async def ready(self, *workers: FakeWorker, timeout_s: float = 10.0) -> None:
+        """Wait until these workers are ready."""
+
+        async def are_ready() -> bool:
+            report = await self.workers()
+            return all(report[f"127.0.0.1:{worker.port}"]["state"] == "ready" for worker in workers)
+
+        await until(are_ready, f"ready: {[worker.url for worker in workers]}", timeout_s)
+
+    async def scrape(self) -> Scrape:
+        answer = await self.operators.get("/metrics")
+        return Scrape(answer.raise_for_status().text)
+
+    async def metric(self, name: str, expected: float, timeout_s: float = 1.0, **labels: str) -> None:
+        """Wait until the samples of a metric add up to `expected`."""
+
+        async def has_value() -> bool:
+            return (await self.scrape()).sum(name, **labels) == expected
+
+        await until(has_value, f"{name}{labels} == {expected}", timeout_s)
+
+    async def idle(self, timeout_s: float = 1.0) -> None:
+        """Wait until nothing is held or waits: every slot free, the queue empty, no request in flight."""
+
+        async def is_idle() -> bool:
+            scrape = await self.scrape()
+            held = ("sluice_slots_held", "sluice_queue_depth", "sluice_requests_in_flight")
+            return all(scrape.sum(name) == 0 for name in held)
+
+        await until(is_idle, "no slot held, no ticket waiting, no request in flight", timeout_s)
+
+
+def start_gateway(*arguments: str) -> Process:
+    """`python -m app gateway …`, without settings from this process' environment."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
+    return Process([sys.executable, "-m", "app", "gateway", *arguments], environment)

@@ -1,0 +1,181 @@
+"""The exchange with a worker, against a server that sends exactly the bytes a test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from app.catalogue import WorkerAddress
+from app.errors import UpstreamBadResponse, UpstreamStalled, UpstreamTimeout, WorkerLost
+from app.relay.upstream import BUFFER_MAX_BYTES, ConnectFailed, Upstream
+from app.settings import Relay as Limits
+from tests.processes import free_port
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+
+
+class Script:
+    """A server that answers each request with the next of the given byte strings; counts its connections."""
+
+    def __init__(self, *answers: bytes, then_close: bool = False) -> None:
+        self.answers = list(answers)
+        self.then_close = then_close
+        self.connections = 0
+        self.port = 0
+
+    @asynccontextmanager
+    async def running(self, **limits: float) -> AsyncIterator[Upstream]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        upstream = Upstream(WorkerAddress(f"127.0.0.1:{self.port}", "127.0.0.1", self.port, "m", 1), Limits(**limits))
+        try:
+            yield upstream
+        finally:
+            upstream.close()
+            server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while self.answers:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+                await reader.readexactly(length)
+                writer.write(self.answers.pop(0))
+                await writer.drain()
+            if not self.then_close:
+                await reader.read()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+
+async def read_all(upstream: Upstream) -> bytes:
+    with await upstream.send("/v1/chat/completions", (), b"{}") as exchange:
+        await exchange.connection.read_head()
+        parts = []
+        while part := await exchange.connection.read():
+            parts.append(part)
+        return b"".join(parts)
+
+
+async def test_a_framed_answer_and_its_connection_used_again() -> None:
+    script = Script(OK + b"content-length: 2\r\n\r\n{}", OK + b"transfer-encoding: chunked\r\n\r\n2\r\n[]\r\n0\r\n\r\n")
+    async with script.running() as upstream:
+        assert await read_all(upstream) == b"{}"
+        assert await read_all(upstream) == b"[]"
+    assert script.connections == 1
+
+
+async def test_an_interim_answer_is_passed_over() -> None:
+    script = Script(b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"content-length: 2\r\n\r\n{}")
+    async with script.running() as upstream:
+        assert await read_all(upstream) == b"{}"
+
+
+async def test_a_connection_that_says_close_is_not_used_again() -> None:
+    script = Script(OK + b"connection: close\r\ncontent-length: 2\r\n\r\n{}", OK + b"content-length: 2\r\n\r\n{}")
+    async with script.running() as upstream:
+        await read_all(upstream)
+        await read_all(upstream)
+    assert script.connections == 2
+
+
+async def test_bytes_after_the_answer_are_never_another_requests_answer() -> None:
+    script = Script(
+        OK + b"content-length: 2\r\n\r\n{}" + OK + b"content-length: 4\r\n\r\nevil", OK + b"content-length: 2\r\n\r\n[]"
+    )
+    async with script.running() as upstream:
+        assert await read_all(upstream) == b"{}"
+        assert await read_all(upstream) == b"[]"
+    assert script.connections == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [OK + b"content-length: 10\r\n\r\n{}", OK + b"transfer-encoding: chunked\r\n\r\n5\r\nab", b"", OK, OK + b"\r\n{}"],
+)
+async def test_an_answer_cut_short_is_never_whole(answer: bytes) -> None:
+    async with Script(answer, then_close=True).running() as upstream:
+        with pytest.raises(WorkerLost):
+            await read_all(upstream)
+
+
+async def test_what_came_before_a_break_is_delivered_first() -> None:
+    async with Script(OK + b"content-length: 10\r\n\r\nhalf", then_close=True).running() as upstream:
+        with await upstream.send("/", (), b"{}") as exchange:
+            assert await exchange.connection.read() == b"half"
+            with pytest.raises(WorkerLost):
+                await exchange.connection.read()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"\x00\x01garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"]
+)
+async def test_what_is_not_http_is_a_bad_response(answer: bytes) -> None:
+    async with Script(answer).running() as upstream:
+        with pytest.raises(UpstreamBadResponse):
+            await read_all(upstream)
+
+
+async def test_headers_without_end_are_a_bad_response() -> None:
+    async with Script(OK + b"x: " + b"y" * 200_000).running() as upstream:
+        with pytest.raises(UpstreamBadResponse):
+            await read_all(upstream)
+
+
+async def test_silence_before_the_first_byte() -> None:
+    async with Script(OK[:10]).running(first_byte_timeout_s=0.05) as upstream:
+        with pytest.raises(UpstreamTimeout):
+            await read_all(upstream)
+
+
+async def test_silence_inside_an_answer() -> None:
+    async with Script(OK + b"content-length: 10\r\n\r\nhalf").running(gap_timeout_s=0.05) as upstream:
+        with pytest.raises(UpstreamStalled):
+            await read_all(upstream)
+
+
+async def test_an_answer_that_never_ends_ends() -> None:
+    async with Script(OK + b"content-length: 10\r\n\r\nhalf").running(
+        total_timeout_s=0.05, gap_timeout_s=0.04
+    ) as upstream:
+        with pytest.raises(UpstreamStalled):
+            await read_all(upstream)
+
+
+async def test_nobody_listens() -> None:
+    port = free_port()
+    upstream = Upstream(WorkerAddress(f"127.0.0.1:{port}", "127.0.0.1", port, "m", 1), Limits())
+    with pytest.raises(ConnectFailed):
+        await upstream.send("/", (), b"{}")
+
+
+async def test_a_reader_that_does_not_read_pauses_the_worker() -> None:
+    total = 4 * 1024 * 1024
+    async with Script(OK + b"content-length: %d\r\n\r\n" % total + b"x" * total).running() as upstream:
+        with await upstream.send("/", (), b"{}") as exchange:
+            connection = exchange.connection
+            first = await connection.read()
+            held = 0
+            for _ in range(200):  # everything that would come without a pause comes within these turns of the loop
+                await asyncio.sleep(0)
+                held = max(held, connection.buffered_bytes)
+            assert held <= 5 * BUFFER_MAX_BYTES
+            received = len(first)
+            while part := await connection.read():
+                received += len(part)
+            assert received == total
+
+
+async def test_a_cancelled_read_closes_the_connection() -> None:
+    async with Script(OK + b"content-length: 10\r\n\r\n", OK + b"content-length: 2\r\n\r\n{}").running() as upstream:
+        task = asyncio.create_task(read_all(upstream))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await task
+        assert await read_all(upstream) == b"{}"

@@ -1,0 +1,150 @@
+"""The account of a request: each stage measured, one outcome counted."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from app.errors import InvalidValue, NoHealthyWorker, QueueTimeout, UpstreamTimeout, WorkerLost
+from app.inference import Band, InferenceRequest, Outcome, Route, TokenUsage
+from app.telemetry.account import Accounts, RequestsLog, Timeline, code_of, outcome_of
+from app.telemetry.metrics import Metrics
+
+LABELS = {"model": "m", "variant": "v", "band": "default"}
+
+
+class Lines:
+    """A log that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.lines.append(fields)
+
+    debug = warning = error = exception = info
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Desk:
+    """Accounts with everything they write to at hand."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.clock = Clock()
+        self.log = Lines()
+        self.accounts = Accounts(Metrics(self.registry), RequestsLog(self.log, "all"), self.clock)
+
+    def request(self) -> InferenceRequest:
+        request = InferenceRequest.parse(
+            b'{"model":"m","stream":true}', request_id="r", route=Route.CHAT, arrived=100.0
+        )
+        request.resolved_model = "m"
+        return request
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"sluice_{name}", labels)
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def test_a_streamed_answer(desk: Desk) -> None:
+    with desk.accounts.open(desk.request()) as account:
+        assert desk.value("requests_in_flight") == 1
+        account.admitted("v", waited_s=0.5)
+        account.dispatched(100.6)
+        account.first_byte(101.0)
+        account.token(101.5)
+        account.token(101.7)
+        account.token(102.1)
+        account.usage = TokenUsage(7, 4)
+        desk.clock.now = 102.5
+    assert desk.value("requests_in_flight") == 0
+    assert desk.value("time_to_first_token_seconds_sum", **LABELS) == pytest.approx(1.5)
+    assert desk.value("queue_wait_seconds_sum", **LABELS) == pytest.approx(0.5)
+    assert desk.value("gateway_overhead_seconds_sum", **LABELS) == pytest.approx(0.1)
+    assert desk.value("upstream_first_byte_seconds_sum", **LABELS) == pytest.approx(0.4)
+    assert desk.value("inter_token_latency_seconds_sum", **LABELS) == pytest.approx(0.6)
+    assert desk.value("inter_token_latency_seconds_count", **LABELS) == 2
+    assert desk.value("time_per_output_token_seconds_sum", **LABELS) == pytest.approx(1.0 / 3)
+    assert desk.value("request_duration_seconds_sum", outcome="completed", **LABELS) == pytest.approx(2.5)
+    assert desk.value("prompt_tokens_total", **LABELS) == 7
+    assert desk.value("generation_tokens_total", **LABELS) == 4
+    assert desk.value("requests_total", outcome="completed", code="", **LABELS) == 1
+
+
+def test_a_stream_that_breaks_counts_what_was_sent(desk: Desk) -> None:
+    with desk.accounts.open(desk.request()) as account:
+        account.admitted("v", waited_s=0)
+        for _ in range(5):
+            account.token(101.0)
+        account.fail(WorkerLost("gone"))
+    assert desk.value("generation_tokens_total", **LABELS) == 5
+    assert desk.value("requests_total", outcome="failed", code="worker_lost", **LABELS) == 1
+    assert desk.value("time_per_output_token_seconds_count", **LABELS) == 0
+
+
+def test_a_request_for_nothing_we_know_has_no_label_of_its_own(desk: Desk) -> None:
+    request = desk.request()
+    request.resolved_model = ""
+    with pytest.raises(InvalidValue), desk.accounts.open(request):
+        raise InvalidValue("no")
+    labels = {"model": "", "variant": "", "band": "default"}
+    assert desk.value("requests_total", outcome="rejected", code="invalid_value", **labels) == 1
+
+
+def test_the_line_in_the_log_has_the_metrics_code_and_nothing_of_the_prompt(desk: Desk) -> None:
+    with pytest.raises(QueueTimeout), desk.accounts.open(desk.request()):
+        raise QueueTimeout("late")
+    (line,) = desk.log.lines
+    assert (line["outcome"], line["code"], line["request_id"]) == ("expired", "queue_timeout", "r")
+
+
+@pytest.mark.parametrize(
+    ("cause", "outcome", "code"),
+    [
+        (None, Outcome.COMPLETED, ""),
+        (InvalidValue(""), Outcome.REJECTED, "invalid_value"),
+        (NoHealthyWorker(""), Outcome.REJECTED, "no_healthy_worker"),
+        (QueueTimeout(""), Outcome.EXPIRED, "queue_timeout"),
+        (WorkerLost(""), Outcome.FAILED, "worker_lost"),
+        (UpstreamTimeout(""), Outcome.FAILED, "upstream_timeout"),
+        (asyncio.CancelledError(), Outcome.CANCELLED, "client_gone"),
+        (ZeroDivisionError(), Outcome.FAILED, "internal_error"),
+    ],
+)
+def test_outcomes(cause: BaseException | None, outcome: Outcome, code: str) -> None:
+    assert (outcome_of(cause), code_of(cause)) == (outcome, code)
+
+
+def test_series_are_bounded_by_the_configuration_not_by_clients(desk: Desk) -> None:
+    for _ in range(50):
+        with desk.accounts.open(desk.request()):
+            pass
+    samples = [
+        sample
+        for family in desk.registry.collect()
+        for sample in family.samples
+        if sample.name == "sluice_requests_total"
+    ]
+    assert len(samples) == 1
+    assert Band.DEFAULT.value == samples[0].labels["band"]
+
+
+def test_one_token_has_no_time_per_output_token() -> None:
+    line = Timeline(0.0)
+    line.token(1.0)
+    assert line.time_per_output_token(2.0, completion_tokens=1) is None

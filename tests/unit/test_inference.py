@@ -1,0 +1,106 @@
+"""Reading a request: what is decoded, what is refused, and what reaches the worker as it came."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from app.errors import GatewayError, InvalidJson, InvalidValue, UnsupportedParameter
+from app.inference import REFUSED_FIELDS, Band, InferenceRequest, Route
+
+
+def parse(body: bytes | dict[str, Any], route: Route = Route.CHAT) -> InferenceRequest:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return InferenceRequest.parse(raw, request_id="r", route=route, arrived=1.0)
+
+
+def sent(request: InferenceRequest, served: str = "served") -> Any:
+    return json.loads(request.body_for(served))
+
+
+def test_the_worker_gets_the_clients_own_bytes() -> None:
+    values = b'[{"role":"user","content":"caf\\u00e9 \xe2\x82\xac"}]'
+    request = parse(
+        b'{"model": "m", "messages": %s, "seed": 18446744073709551617, "top_p": 1.0, "x": {"y" : [ ]}}' % values
+    )
+    body = request.body_for("served")
+    assert values in body
+    assert b"18446744073709551617" in body
+    assert b'"top_p":1.0' in body
+    assert b'{"y" : [ ]}' in body
+    assert sent(request)["model"] == "served"
+
+
+def test_usage_is_asked_for_and_hidden_when_the_client_did_not_ask() -> None:
+    request = parse({"model": "m", "stream": True, "stream_options": {"continuous_usage_stats": True}})
+    assert request.hides_usage
+    assert sent(request)["stream_options"] == {"include_usage": True, "continuous_usage_stats": False}
+
+
+def test_a_clients_own_stream_options_are_left_alone() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    request = parse({"model": "m", "stream": True, "stream_options": options})
+    assert not request.hides_usage
+    assert sent(request)["stream_options"] == options
+
+
+@pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
+def test_apis_that_always_tell_usage_are_not_asked(route: Route) -> None:
+    assert "stream_options" not in sent(parse({"model": "m", "stream": True}, route))
+
+
+def test_a_route_that_never_streams() -> None:
+    assert not parse({"model": "m", "stream": True}, Route.EMBEDDINGS).stream
+
+
+@pytest.mark.parametrize(
+    ("tier", "band"),
+    [("auto", Band.DEFAULT), ("default", Band.DEFAULT), ("priority", Band.PRIORITY), ("flex", Band.FLEX)],
+)
+def test_bands_are_openais_service_tiers(tier: str, band: Band) -> None:
+    assert parse({"model": "m", "service_tier": tier}).band is band
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_FIELDS))
+def test_fields_that_steer_the_engine_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        parse({"model": "m", name: 1})
+    assert caught.value.param == name
+
+
+def test_fields_that_are_the_gateways_are_left_out() -> None:
+    request = parse({"model": "m", "priority": -5, "cache_salt": "theirs", "request_id": "x", "top_k": 3})
+    assert sent(request) == {"model": "served", "top_k": 3}
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "param"),
+    [
+        (b"", InvalidJson, None),
+        (b"{", InvalidJson, None),
+        (b'{"model": "m"} x', InvalidJson, None),
+        (b"null", InvalidValue, None),
+        (b"[]", InvalidValue, None),
+        (b"{}", InvalidValue, "model"),
+        (b'{"model": ""}', InvalidValue, "model"),
+        (b'{"model": 7}', InvalidValue, "model"),
+        (b'{"model": "m", "stream": "yes"}', InvalidValue, "stream"),
+        (b'{"model": "m", "stream": 1}', InvalidValue, "stream"),
+        (b'{"model": "m", "service_tier": "gold"}', InvalidValue, "service_tier"),
+        (b'{"model": "m", "stream": true, "stream_options": []}', InvalidValue, "stream_options"),
+        (b'{"model": "m", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", InvalidJson, None),
+        (b'{"model": "\xff"}', GatewayError, None),
+    ],
+)
+def test_what_cannot_be_read(body: bytes, error: type[GatewayError], param: str | None) -> None:
+    with pytest.raises(error) as caught:
+        parse(body)
+    assert caught.value.status == 400
+    if param is not None:
+        assert caught.value.param == param
+
+
+def test_null_means_absent() -> None:
+    assert parse({"model": "m", "stream": None, "service_tier": None, "stream_options": None}).band is Band.DEFAULT

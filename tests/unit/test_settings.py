@@ -1,0 +1,130 @@
+"""Settings: the documented shape, overrides, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.catalogue import Catalogue, Manifest
+from app.errors import ConfigurationError, ModelNotFound
+from app.settings import is_loopback, load_settings
+
+DOCUMENTED = """
+listen: {host: 127.0.0.1, port: 8000, processes: 1}
+admin: {host: 127.0.0.1, port: 8001}
+redis: {url: redis://127.0.0.1:6379/0}
+auth: {enabled: false}
+models:
+  - name: smollm2
+    policy: balanced
+    variants:
+      - name: dense
+        workers: [{url: http://127.0.0.1:9001, served_model: smollm2-dense, max_concurrency: 8}]
+      - name: w8a8
+        workers: [{url: http://127.0.0.1:9002, served_model: smollm2-w8a8}]
+"""
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "sluice.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_documented_shape(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, DOCUMENTED))
+    catalogue = Catalogue.of(settings.models)
+    both = catalogue.resolve("smollm2")
+    assert [variant.public_name for variant in both] == ["smollm2:dense", "smollm2:w8a8"]
+    assert catalogue.resolve("smollm2:w8a8") == (both[1],)
+    worker = both[0].workers[0]
+    assert (worker.id, worker.host, worker.port, worker.served_model, worker.slots) == (
+        "127.0.0.1:9001", "127.0.0.1", 9001, "smollm2-dense", 8,
+    )  # fmt: skip
+
+
+def test_a_worker_serves_the_public_name_unless_it_says_otherwise(tmp_path: Path) -> None:
+    text = "models: [{name: m, variants: [{name: v, workers: [{url: 'http://[::1]:7'}]}]}]"
+    (variant,) = Catalogue.of(load_settings(write(tmp_path, text)).models).resolve("m")
+    assert (variant.workers[0].served_model, variant.workers[0].host, variant.workers[0].port) == ("m:v", "::1", 7)
+
+
+@pytest.mark.parametrize("name", ["smollm", "smollm2:", "smollm2:none", "", "../etc", "x" * 10_000])
+def test_an_unknown_name(tmp_path: Path, name: str) -> None:
+    catalogue = Catalogue.of(load_settings(write(tmp_path, DOCUMENTED)).models)
+    with pytest.raises(ModelNotFound) as caught:
+        catalogue.resolve(name)
+    assert len(caught.value.message) < 400
+
+
+def test_environment_over_file_over_defaults_and_arguments_over_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, DOCUMENTED)
+    monkeypatch.setenv("SLUICE_LISTEN__PORT", "9000")
+    monkeypatch.setenv("SLUICE_RELAY__GAP_TIMEOUT_S", "7")
+    monkeypatch.setenv("SLUICE_HOME", "/somewhere")
+    settings = load_settings(path, processes=2)
+    assert (settings.listen.host, settings.listen.port, settings.listen.processes) == ("127.0.0.1", 9000, 2)
+    assert settings.relay.gap_timeout_s == 7
+    assert load_settings(path, port=1).listen.port == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("listen: {prot: 1}", "listen.prot: unknown key"),
+        ("bogus: 1", "bogus: unknown key"),
+        ("listen: {port: 99999}", "listen.port: "),
+        ("listen: [", "not YAML"),
+        ("- a", "a mapping"),
+        ("", "a mapping"),
+        ("models: [{name: m, variants: []}]", "models.0.variants: "),
+        (
+            "models: [{name: 'a b', variants: [{name: v, workers: [{url: 'http://h:1'}]}]}]",
+            "models.0.name: a model's name",
+        ),
+        (
+            "models: [{name: m, variants: [{name: v, workers: [{url: 'ftp://h'}]}]}]",
+            "models.0.variants.0.workers.0.url",
+        ),
+        ("models: [{name: m, variants: [{name: v, workers: [{url: 'http://h:1/v1'}]}]}]", "http://HOST:PORT"),
+        ("auth: {enabled: true}", "auth.enabled"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_file_and_the_key(tmp_path: Path, text: str, told: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert told in message
+    assert "\n" not in message
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="No such file"):
+        load_settings(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("h", False)]
+)
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_a_manifest_survives_being_written(tmp_path: Path) -> None:
+    manifest = Manifest(
+        model="m", variant="w8a8", base="b", recipe="w8a8", weights_bytes=1, parameters_count=2, quantization="w8a8"
+    )
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model": 1}'])
+def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sluice.json").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"sluice\.json"):
+        Manifest.read(tmp_path)
