@@ -39,7 +39,8 @@ class Gateway:
             request.resolved_model = variants[0].model
             ranking = router.rank(self._registry.pool(variants))
             candidates = tuple(candidate.worker_id for candidate in ranking)
-            lease = held.enter_context(await self._admission.admit(Ticket(request.id, request.band, candidates)))
+            lease = await self._admission.admit(Ticket.of(request, candidates))
+            held.callback(lambda: lease.release(account.usage))
             answer = held.enter_context(await self._relay.open(request, lease, candidates, account))
             return Reply(answer, lease, self._registry[lease.worker_id].variant, held.pop_all())
 

@@ -14,8 +14,6 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
-import msgspec
-
 from app import settings
 from app.admission import ledger
 from app.admission.fairness import Debt, Grant, Kind, Place
@@ -129,7 +127,7 @@ class RedisAdmission(QueuedAdmission):
         self._renew_s = limits.lease_s / RENEWALS_PER_LEASE
         self._reap_s = limits.lease_s / REAPS_PER_LEASE
         shared_rules = SharedRules(
-            *msgspec.structs.astuple(self._rules),
+            self._rules,
             lease_us=int(limits.lease_s * US),
             settle_us=int((self._renew_s + SETTLE_MARGIN_S) * US),
             replicas=replicas,

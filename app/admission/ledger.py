@@ -51,13 +51,14 @@ class LedgerChanged(Exception):
     """The ledger is not as this replica left it (flushed, rolled back, the replica given up for dead): tell it anew."""
 
 
-class SharedRules(Rules, array_like=True, frozen=True):
+class SharedRules(msgspec.Struct, array_like=True, frozen=True):
     """What scripts go by: the order's rules, and the ledger's own.
 
     `replicas` are how many have to tell what they hold before a ledger that lost it grants again; `settle_us` how long
     that is waited for.
     """
 
+    order: Rules
     lease_us: int
     settle_us: int
     replicas: int
@@ -301,7 +302,7 @@ class Ledger:
         )
         connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
         async with _bounded():
-            await connection.connect()
+            await connection.connect()  # type: ignore[no-untyped-call]
         return connection
 
 

@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
@@ -245,6 +246,11 @@ class QueuedAdmission:
         self.desk = desk
         self.slots: dict[str, int] = {}
 
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Do what has to be done all the time."""
+        yield
+
     def waiting(self, band: Band) -> int:
         """Tickets of this process that wait in `band`."""
         return self.roster.depth()[band]
@@ -319,9 +325,7 @@ def new_name() -> str:
 def _refusal(kind: Kind, wait_us: int) -> GatewayError:
     retry_after_s = max(1.0, wait_us / US)
     if kind is Kind.TENANT_FULL:
-        return TenantQueueFull(
-            "You have too many requests waiting. Please try later.", retry_after_s=retry_after_s
-        )
+        return TenantQueueFull("You have too many requests waiting. Please try later.", retry_after_s=retry_after_s)
     if kind is Kind.HOPELESS:
         return Overloaded(
             "No slot will come free before the request's deadline. Please try later.",

@@ -26,10 +26,8 @@ local call = redis.call
 local prefix = KEYS[1]
 local me, epoch, number, answered = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local rules, payload = cmsgpack.unpack(ARGV[5]), cmsgpack.unpack(ARGV[6])
-local tenant_limit, band_limit, total_limit = rules[1], rules[2], rules[3]
-local tenant_bytes, band_bytes, total_bytes = rules[4], rules[5], rules[6]
-local ageing_us, us_per_token = rules[7], rules[8]
-local lease_us, settle_us, replicas = rules[9], rules[10], rules[11]
+local order, lease_us, settle_us, replicas = unpack(rules)
+local tenant_limit, band_limit, total_limit, tenant_bytes, band_bytes, total_bytes, ageing_us, us_per_token = unpack(order)
 local now = now_us()
 
 local function key(name, ...)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-import msgspec
 import redis
 
 from app.admission import ledger
@@ -51,7 +50,7 @@ class Replica:
 
     def __init__(self, url: str, name: str, rules: Rules = RULES, replicas: int = 1) -> None:
         self.name = name
-        shared = SharedRules(*msgspec.structs.astuple(rules), lease_us=LEASE_US, settle_us=SETTLE_US, replicas=replicas)
+        shared = SharedRules(rules, lease_us=LEASE_US, settle_us=SETTLE_US, replicas=replicas)
         self.ledger = Ledger(Redis(url=url), name, shared, SCRIPTS)
 
     async def __aenter__(self) -> Self:
