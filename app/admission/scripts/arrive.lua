@@ -7,14 +7,14 @@ local function known(place)
     end
   end
   if call('HEXISTS', key('tickets'), place.id) == 1 then
-    return { WAITS, expected_wait(place, drain_of(place.route)) }
+    return { WAITS, expected_wait(place) }
   end
   return nil
 end
 
 local function at_once(place)
   for _, worker in ipairs(place.candidates) do
-    if is_free(worker) and call('EXISTS', key('lines', worker)) == 0 then
+    if is_free(worker) and #lines.get(worker) == 0 then
       take(place, worker, start(place))
       return { GRANTED, worker }
     end
@@ -23,13 +23,12 @@ local function at_once(place)
 end
 
 local function wait(fields, place, index)
-  local drain = drain_of(place.route)
-  local wait_us = expected_wait(place, drain)
-  local refused = refusal(place, drain, wait_us)
+  local wait_us = expected_wait(place)
+  local refused = refusal(place, wait_us)
   if refused then
     return { refused, wait_us }
   end
-  enqueue(fields, place, drain, index)
+  enqueue(fields, place, index)
   for _, worker in ipairs(place.candidates) do
     grant(worker)
   end

@@ -4,7 +4,7 @@
 local freed = {}
 
 local function release(id, worker, band, tenant, owed)
-  if call('ZREM', key('held', worker), id) == 1 then
+  if free(id, worker) then
     settle(band, tenant, owed)
     table.insert(freed, worker)
   end

@@ -38,6 +38,69 @@ local function number_of(reply)
   return tonumber(reply or 0)
 end
 
+-- What a call reads it keeps, and what it changed it writes back once, in `answer`: a field costs one command a call.
+
+local function kept(load, store)
+  local values, changed = {}, {}
+  return {
+    get = function(name)
+      if values[name] == nil then
+        values[name] = load(name)
+      end
+      return values[name]
+    end,
+    put = function(name, value)
+      values[name], changed[name] = value, true
+    end,
+    write_back = function()
+      for name in pairs(changed) do
+        store(name, values[name])
+      end
+    end,
+  }
+end
+
+local depth = kept(function(field)
+  return number_of(call('HGET', key('depth'), field))
+end, function(field, value)
+  if value == 0 then
+    call('HDEL', key('depth'), field)
+  else
+    call('HSET', key('depth'), field, value)
+  end
+end)
+
+local virtual = kept(function(band)
+  return number_of(call('HGET', key('virtual'), band))
+end, function(band, value)
+  call('HSET', key('virtual'), band, value)
+  call('ZREMRANGEBYSCORE', key('finish', band), '-inf', value)
+end)
+
+-- route -> {time of the last grant, mean gap, grants counted}, or false
+local drain = kept(function(route)
+  local packed = call('GET', key('drain', route))
+  return packed and cmsgpack.unpack(packed)
+end, function(route, value)
+  call('SET', key('drain', route), cmsgpack.pack(value), 'EX', 3600)
+end)
+
+local function nothing() end
+
+local slots = kept(function(worker)
+  return number_of(call('HGET', key('slots'), worker))
+end, nothing)
+
+local load = kept(function(worker)
+  return call('ZCARD', key('held', worker))
+end, nothing)
+
+local lines = kept(function(worker)
+  local names = call('SMEMBERS', key('lines', worker))
+  table.sort(names)
+  return names
+end, nothing)
+
 -- Who is alive, and whether grants may be made
 
 local function replica_of(id)
@@ -61,7 +124,7 @@ end
 
 -- After the ledger was lost, rolled back, or out of reach for longer than leases live, it does not know who holds
 -- what. Nothing is granted until as many replicas as are known have told, or until they had the time to.
-local function is_open()
+local function look_whether_open()
   local since, till = unpack(call('HMGET', key('state'), 'since', 'until'))
   if now >= number_of(till) then
     return true, 0
@@ -72,6 +135,14 @@ local function is_open()
     return true, 0
   end
   return false, till - now
+end
+
+local opening = kept(function()
+  return { look_whether_open() }
+end, nothing)
+
+local function is_open()
+  return unpack(opening.get('now'))
 end
 
 local function close()
@@ -88,21 +159,31 @@ end
 -- Slots
 
 local function is_free(worker)
-  return call('ZCARD', key('held', worker)) < number_of(call('HGET', key('slots'), worker))
+  return load.get(worker) < slots.get(worker)
 end
 
 -- A lease lives as long as its replica calls: granted to one that is dead it ends when the others of it do.
 local function hold(id, worker)
   local replica = replica_of(id)
   local heard = replica == me and now or number_of(call('ZSCORE', key('alive'), replica) or now)
-  call('ZADD', key('held', worker), heard + lease_us, id)
+  local before = load.get(worker)
+  load.put(worker, before + call('ZADD', key('held', worker), heard + lease_us, id))
+end
+
+-- False if the lease is not held there.
+local function free(id, worker)
+  local before = load.get(worker)
+  local freed = call('ZREM', key('held', worker), id)
+  load.put(worker, before - freed)
+  return freed == 1
 end
 
 local function count_slots(worker)
   local most = nil
-  for _, slots in ipairs(call('HVALS', key('view', worker))) do
-    most = math.max(most or 0, tonumber(slots))
+  for _, seen in ipairs(call('HVALS', key('view', worker))) do
+    most = math.max(most or 0, tonumber(seen))
   end
+  slots.put(worker, most or 0)
   if most or call('EXISTS', key('held', worker)) == 1 then
     call('HSET', key('slots'), worker, most or 0)
   else
@@ -112,122 +193,95 @@ end
 
 -- Virtual time
 
-local function virtual_of(band)
-  return number_of(call('HGET', key('virtual'), band))
-end
-
+-- Where the tenant's last ticket ended; 0 if virtual time has passed it, which is as good as forgotten.
 local function finish_of(band, tenant)
-  return number_of(call('ZSCORE', key('finish', band), tenant))
+  local finish = number_of(call('ZSCORE', key('finish', band), tenant))
+  return finish > virtual.get(band) and finish or 0
 end
 
 local function start(place)
-  return math.max(virtual_of(place.band), finish_of(place.band, place.tenant))
+  return math.max(virtual.get(place.band), finish_of(place.band, place.tenant))
 end
 
 local function put_finish(band, tenant, finish)
-  if finish > virtual_of(band) then
+  if finish > virtual.get(band) then
     call('ZADD', key('finish', band), finish, tenant)
   else
     call('ZREM', key('finish', band), tenant)
   end
 end
 
-local function advance(band, tag)
-  local virtual = virtual_of(band)
-  if tag > virtual then
-    call('HSET', key('virtual'), band, tag)
-    call('ZREMRANGEBYSCORE', key('finish', band), '-inf', tag)
-    virtual = tag
-  end
-  return virtual
-end
-
 local function settle(band, tenant, owed)
   if owed ~= 0 then
     local finish = finish_of(band, tenant)
     if finish > 0 or owed > 0 then
-      put_finish(band, tenant, math.max(finish, virtual_of(band)) + owed)
+      put_finish(band, tenant, math.max(finish, virtual.get(band)) + owed)
     end
   end
 end
 
 local function take(place, worker, tag)
   hold(place.id, worker)
-  local virtual = advance(place.band, tag)
+  if tag > virtual.get(place.band) then
+    virtual.put(place.band, tag)
+  end
   local finish = tag + place.cost / place.weight
   put_finish(place.band, place.tenant, finish)
-  return math.max(virtual, finish)
+  return math.max(virtual.get(place.band), finish)
 end
 
 -- Waiting
 
-local function add(field, amount)
-  if amount ~= 0 and call('HINCRBY', key('depth'), field, amount) == 0 then
-    call('HDEL', key('depth'), field)
-  end
-end
-
 local function count(place, sign)
-  for scope, bytes in pairs({ ['t:' .. place.tenant] = 'T:' .. place.tenant, ['b:' .. place.band] = 'B:' .. place.band, a = 'A' }) do
-    add(scope, sign)
-    add(bytes, sign * place.bytes)
+  local scopes = { 't:' .. place.tenant, 'b:' .. place.band, 'a' }
+  for _, scope in ipairs(scopes) do
+    depth.put(scope, depth.get(scope) + sign)
+    if place.bytes ~= 0 then
+      depth.put(scope .. '#', depth.get(scope .. '#') + sign * place.bytes)
+    end
   end
-  add('l:' .. place.band .. ':' .. place.route, sign)
+  local line = 'l:' .. place.band .. ':' .. place.route
+  depth.put(line, depth.get(line) + sign)
 end
 
-local function depths_of(route)
-  local fields = {}
-  for band = 0, BANDS - 1 do
-    fields[band + 1] = 'l:' .. band .. ':' .. route
+local function waiting_in(route, from, to)
+  local total = 0
+  for band = from, to do
+    total = total + depth.get('l:' .. band .. ':' .. route)
   end
-  local depths, total = call('HMGET', key('depth'), unpack(fields)), 0
-  for index, depth in ipairs(depths) do
-    depths[index] = number_of(depth)
-    total = total + depths[index]
-  end
-  return depths, total
+  return total
 end
 
-local function drain_of(route)
-  local packed = call('GET', key('drain', route))
-  return packed and cmsgpack.unpack(packed)
-end
-
-local function put_drain(route, drain)
-  call('SET', key('drain', route), cmsgpack.pack(drain), 'EX', 3600)
-end
-
--- How many are granted first, if all cost the same: the higher bands, and as many of each flow as of its own.
+-- How many are granted first, if all cost the same: the higher bands; of each flow as many as of its own.
 local function ahead(place)
-  local depths, line = depths_of(place.route), key('line', place.band, place.route)
-  local higher = 0
-  for band = 0, place.band - 1 do
-    higher = higher + depths[band + 1]
-  end
   local mine = call('ZCARD', key('flow', place.band, place.route, place.tenant))
-  local flows = call('ZCARD', line) + (mine == 0 and 1 or 0)
-  return higher + math.min(depths[place.band + 1] + 1, (mine + 1) * flows)
+  local flows = call('ZCARD', key('line', place.band, place.route)) + (mine == 0 and 1 or 0)
+  local higher, same = waiting_in(place.route, 0, place.band - 1), waiting_in(place.route, place.band, place.band)
+  return higher + math.min(same + 1, (mine + 1) * flows)
 end
 
-local function expected_wait(place, drain)
-  return drain and math.floor(ahead(place) * drain[2]) or 0
+local function expected_wait(place)
+  local known = drain.get(place.route)
+  return known and math.floor(ahead(place) * known[2]) or 0
 end
 
-local function refusal(place, drain, wait_us)
+local function refusal(place, wait_us)
   if place.band == MOVED then
     return nil
   end
-  local tenant, band = place.tenant, place.band
-  local depth = call('HMGET', key('depth'), 't:' .. tenant, 'T:' .. tenant, 'b:' .. band, 'B:' .. band, 'a', 'A')
-  local limits = { tenant_limit, tenant_bytes, band_limit, band_bytes, total_limit, total_bytes }
-  local kinds = { TENANT_FULL, BAND_FULL, QUEUE_FULL }
-  for index = 1, 3 do
-    local tickets, bytes = number_of(depth[2 * index - 1]), number_of(depth[2 * index])
-    if tickets + 1 > limits[2 * index - 1] or bytes + place.bytes > limits[2 * index] then
-      return kinds[index]
+  local bounds = {
+    { TENANT_FULL, 't:' .. place.tenant, tenant_limit, tenant_bytes },
+    { BAND_FULL, 'b:' .. place.band, band_limit, band_bytes },
+    { QUEUE_FULL, 'a', total_limit, total_bytes },
+  }
+  for _, bound in ipairs(bounds) do
+    local kind, scope, limit, limit_bytes = unpack(bound)
+    if depth.get(scope) + 1 > limit or depth.get(scope .. '#') + place.bytes > limit_bytes then
+      return kind
     end
   end
-  if drain and drain[3] >= DRAIN_TRUSTED and wait_us > place.patience_us then
+  local known = drain.get(place.route)
+  if known and known[3] >= DRAIN_TRUSTED and wait_us > place.patience_us then
     return HOPELESS
   end
   return nil
@@ -251,22 +305,21 @@ local function ticket(id)
 end
 
 -- `index` keeps those apart, in their order, that arrive in one call.
-local function enqueue(fields, place, drain, index)
+local function enqueue(fields, place, index)
   local arrived, deadline = now - place.waited_us + index, now + place.patience_us
   local name = place.band .. ':' .. place.route
   local line = key('line', name)
-  if call('EXISTS', line) == 0 then
+  if waiting_in(place.route, place.band, place.band) == 0 then
     for _, worker in ipairs(place.candidates) do
       call('SADD', key('lines', worker), name)
+      lines.put(worker, nil)
     end
   end
   call('ZADD', line, 'NX', start(place), place.tenant)
   call('ZADD', key('flow', name, place.tenant), arrived + us_per_token * place.cost, place.id)
-  local _, waiting = depths_of(place.route)
-  if waiting == 0 then
-    drain = drain or { 0, 0, 0 }
-    drain[1] = now
-    put_drain(place.route, drain)
+  if waiting_in(place.route, 0, BANDS - 1) == 0 then
+    local known = drain.get(place.route) or { 0, 0, 0 }
+    drain.put(place.route, { now, known[2], known[3] })
   end
   count(place, 1)
   fields[8], fields[9] = deadline, arrived
@@ -274,6 +327,7 @@ local function enqueue(fields, place, drain, index)
   call('ZADD', key('deadlines'), deadline, place.id)
 end
 
+-- True if others of its flow wait on.
 local function dequeue(place)
   local name = place.band .. ':' .. place.route
   call('HDEL', key('tickets'), place.id)
@@ -285,9 +339,10 @@ local function dequeue(place)
     return true
   end
   call('ZREM', key('line', name), place.tenant)
-  if call('EXISTS', key('line', name)) == 0 then
+  if waiting_in(place.route, place.band, place.band) == 0 then
     for _, worker in ipairs(place.candidates) do
       call('SREM', key('lines', worker), name)
+      lines.put(worker, nil)
     end
   end
   return false
@@ -330,9 +385,7 @@ end
 
 local function next_for(worker)
   local first = {}
-  local names = call('SMEMBERS', key('lines', worker))
-  table.sort(names)
-  for _, name in ipairs(names) do
+  for _, name in ipairs(lines.get(worker)) do
     local band = tonumber(string.match(name, '^%d+'))
     local tag, place = head(band, name)
     if tag and (not first[band] or tag < first[band].tag) then
@@ -358,11 +411,9 @@ local function grant(worker)
       return
     end
     local place = best.place
-    local drain = drain_of(place.route) or { now, 0, 0 }
-    drain[3] = math.min(drain[3] + 1, DRAIN_WINDOW)
-    drain[2] = drain[2] + (now - drain[1] - drain[2]) / drain[3]
-    drain[1] = now
-    put_drain(place.route, drain)
+    local known = drain.get(place.route) or { now, 0, 0 }
+    local counted = math.min(known[3] + 1, DRAIN_WINDOW)
+    drain.put(place.route, { now, known[2] + (now - known[1] - known[2]) / counted, counted })
     local stays = dequeue(place)
     local tag = take(place, worker, best.tag)
     if stays then
@@ -390,7 +441,10 @@ local function answer(body)
   for replica, grants in pairs(granted) do
     call('PUBLISH', channel(replica), cmsgpack.pack(grants))
   end
-  local _, opens_in_us = is_open()
+  for _, values in ipairs({ depth, virtual, drain }) do
+    values.write_back()
+  end
+  local _, opens_in_us = look_whether_open()
   local reply = cmsgpack.pack({ OK, opens_in_us, mine, body })
   call('HSET', key('calls'), me, number)
   call('HSET', key('replies'), me, reply)

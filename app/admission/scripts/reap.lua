@@ -6,7 +6,10 @@ local MOST = 1000
 
 local function reap_leases()
   for _, worker in ipairs(workers()) do
-    reaped = reaped + call('ZREMRANGEBYSCORE', key('held', worker), '-inf', now)
+    for _, id in ipairs(call('ZRANGEBYSCORE', key('held', worker), '-inf', now)) do
+      free(id, worker)
+      reaped = reaped + 1
+    end
   end
 end
 

@@ -53,7 +53,7 @@ local function renew(worker)
         waits[id] = nil
         tell(id, worker)
       else
-        call('ZREM', key('held', worker), id)
+        free(id, worker)
       end
     end
   end
