@@ -13,15 +13,17 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.errors import ConfigurationError
-from app.inference import Band
 
 CONFIG_FILE_MAX_BYTES = 4 * 1024 * 1024
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
 VARIANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
+
+
+BandName = Literal["priority", "default", "flex", "batch"]
 
 
 class Part(BaseModel):
@@ -123,8 +125,8 @@ class Admission(Part):
     queue_mib_per_band: int = Field(1024, ge=1)
     queue_mib_per_tenant: int = Field(1024, ge=1)
     queue_timeout_s: float = Field(30, gt=0, le=3600, description="longest wait for a slot")
-    queue_timeout_by_band_s: dict[Band, float] = Field(
-        default_factory=lambda: {Band.FLEX: 300.0, Band.BATCH: 3600.0}, description="where it differs"
+    queue_timeout_by_band_s: dict[BandName, PositiveFloat] = Field(
+        {"flex": 300.0, "batch": 3600.0}, description="where it differs"
     )
     no_worker_timeout_s: float = Field(3, ge=0, le=60, description="longest wait while no worker is usable at all")
     ageing_s: float = Field(10, gt=0, le=3600, description="each so many seconds of waiting lift a ticket by one band")
@@ -144,10 +146,10 @@ class Admission(Part):
     trust_tenant_header: bool = Field(
         False, description="take the tenant from `x-sluice-tenant`; only behind a proxy that sets it"
     )
-    weights: dict[str, float] = Field(default_factory=dict, description="tenant to its fair share, default 1")
+    weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="tenant to its fair share, default 1")
 
-    def max_wait_s(self, band: Band) -> float:
-        return self.queue_timeout_by_band_s.get(band, self.queue_timeout_s)
+    def max_wait_s(self, band: str) -> float:
+        return dict[str, float](**self.queue_timeout_by_band_s).get(band, self.queue_timeout_s)
 
 
 class Relay(Part):

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, suppress
 
 from app import settings
 from app.admission import ledger
-from app.admission.fairness import Debt, Grant, Kind, Place
+from app.admission.fairness import Debt, Grant, Kind, Overview, Place
 from app.admission.ledger import (
     Answer,
     Arrived,
@@ -135,6 +135,7 @@ class RedisAdmission(QueuedAdmission):
         self._ledger = Ledger(redis, roster.name, shared_rules, scripts or Scripts())
         self._sync_at = self._reap_at = self._opens_at = 0.0
         self._fenced: frozenset[str] = frozenset()
+        self._asked: list[asyncio.Future[Overview]] = []
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -150,6 +151,14 @@ class RedisAdmission(QueuedAdmission):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await self._take_leave()
+
+    async def overview(self) -> Overview:
+        if isinstance(self.desk, LocalDesk):
+            return self.desk.overview()
+        asked: asyncio.Future[Overview] = asyncio.get_running_loop().create_future()
+        self._asked.append(asked)
+        self._due.set()
+        return await asked
 
     @property
     def is_degraded(self) -> bool:
@@ -213,6 +222,7 @@ class RedisAdmission(QueuedAdmission):
         for lease in self.roster.in_order():
             self.roster.rename(lease)
             local.arrive(lease)
+        self._tell_overview(local.overview())
 
     def _come_back(self) -> None:
         """All leases, those granted here too, are told before anything new is granted: a tick syncs before it asks."""
@@ -249,6 +259,9 @@ class RedisAdmission(QueuedAdmission):
             self._reap_at = now + self._reap_s
             calls.append(ledger.reap())
             heard.append(self._hear)
+        if self._asked:
+            calls.append(ledger.look())
+            heard.append(self._hear_overview)
         if calls:
             for hear, outcome in zip(heard, await self._ledger.exchange(calls), strict=True):
                 hear(outcome)
@@ -312,6 +325,16 @@ class RedisAdmission(QueuedAdmission):
                 )
             elif lease.id in self.roster.waiting:
                 self._shared.arrive(lease)
+
+    def _hear_overview(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Answer):
+            self._tell_overview(outcome.body)
+
+    def _tell_overview(self, overview: Overview) -> None:
+        asked, self._asked = self._asked, []
+        for future in asked:
+            if not future.done():
+                future.set_result(overview)
 
     def _arrived(self, lease: QueuedLease, arrived: Arrived) -> None:
         if isinstance(arrived.outcome, str):

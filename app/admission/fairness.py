@@ -29,6 +29,7 @@ MOVED = 0
 RANK = {band: rank for rank, band in enumerate(Band, start=1)}
 
 DRAIN_WINDOW = 32  # grants that the drain rate is averaged over
+TENANTS_KNOWN = 10_000  # whose finish is remembered; the one that is the least behind is forgotten first
 DRAIN_TRUSTED = 16  # grants after which it is believed; below, nobody is refused because of it
 
 
@@ -96,6 +97,26 @@ class Debt(NamedTuple):
     amount: float
 
 
+class Flow(msgspec.Struct, array_like=True, frozen=True):
+    """What waits of one tenant in one line."""
+
+    band: int
+    route: str
+    candidates: tuple[str, ...]
+    tenant: str
+    tickets: int
+    oldest_us: int
+
+
+class Overview(msgspec.Struct, array_like=True, frozen=True):
+    """All that waits, and what it waits for: (route, mean gap between grants in us, how many it is the mean of), and
+    (worker, slots held, slots)."""
+
+    flows: list[Flow]
+    drains: list[tuple[str, float, int]]
+    slots: list[tuple[str, int, int]]
+
+
 @dataclass(slots=True)
 class Drain:
     """How fast a route's waiting tickets are granted: mean gap between grants while somebody waits."""
@@ -140,7 +161,6 @@ class Queue:
         self._of_worker: dict[str, set[Line]] = defaultdict(set)
         self._virtual: dict[int, float] = defaultdict(float)
         self._finish: dict[tuple[int, str], float] = {}
-        self._forget_above = 64
         self._depth: Counter[tuple[str, object]] = Counter()
         self._drain: dict[str, Drain] = {}
 
@@ -333,6 +353,17 @@ class Queue:
             self._dequeue(waiting)
         return None
 
+    def overview(self, now_us: int) -> Overview:
+        flows = []
+        for (band, route), line in sorted(self._lines.items()):
+            for tenant, flow in sorted(line.items()):
+                waiting = [self._waiting[name] for _, name in flow.heap if name in self._waiting]
+                oldest = max(now_us - ticket.arrived_us for ticket in waiting)
+                flows.append(Flow(band, route, waiting[0].place.candidates, tenant, flow.size, oldest))
+        drains = [(route, drain.gap_us, drain.count) for route, drain in self._drain.items()]
+        slots = [(worker, len(self._held[worker]), count) for worker, count in self._slots.items()]
+        return Overview(flows, drains, slots)
+
     # Virtual time
 
     def _start(self, place: Place) -> float:
@@ -363,6 +394,7 @@ class Queue:
             self._finish[band, tenant] = finish
         else:
             self._finish.pop((band, tenant), None)
-        if len(self._finish) > self._forget_above:
+        if len(self._finish) > TENANTS_KNOWN:
             self._finish = {key: value for key, value in self._finish.items() if value > self._virtual[key[0]]}
-            self._forget_above = 64 + 2 * len(self._finish)
+        if len(self._finish) > TENANTS_KNOWN:
+            del self._finish[min(self._finish, key=self._finish.__getitem__)]

@@ -22,7 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from app.admission.fairness import Debt, Grant, Kind, Place, Rules
+from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules
 from app.errors import ConfigurationError
 from app.settings import Redis
 
@@ -33,7 +33,13 @@ MIN_REDIS = (7, 0)
 NEVER_EVICTS = "noeviction"
 
 # A script that may run while the server is out of memory; arrivals must not, so that they are refused whole.
-_FLAGS = {"arrive": "", "depart": " flags=allow-oom", "sync": " flags=allow-oom", "reap": " flags=allow-oom"}
+_FLAGS = {
+    "arrive": "",
+    "depart": " flags=allow-oom",
+    "sync": " flags=allow-oom",
+    "reap": " flags=allow-oom",
+    "look": " flags=no-writes,allow-oom",
+}
 
 _encode = msgspec.msgpack.Encoder().encode
 T = TypeVar("T")
@@ -153,6 +159,10 @@ def sync(
     return Call("sync", _encode((leases, tickets, slots, new_epoch)), Synced)
 
 
+def look() -> Call:
+    return Call("look", _encode(()), Overview)
+
+
 def reap() -> Call:
     return Call("reap", _encode(()), Reaped)
 
@@ -261,7 +271,8 @@ class Ledger:
         reply = _decode_reply(packed)
         if reply.status:
             return LedgerChanged()
-        self._answered = number
+        if call.script != "look":
+            self._answered = number
         body = msgspec.msgpack.decode(reply.body, type=call.body)
         if isinstance(body, Synced):
             self.epoch = body.epoch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from app import settings
-from app.admission.fairness import Debt, Grant, Kind, Queue, Rules
+from app.admission.fairness import Debt, Grant, Kind, Overview, Queue, Rules
 from app.admission.roster import US, QueuedAdmission, QueuedLease, Roster, new_name, rules_of
 from app.telemetry.metrics import Metrics
 
@@ -46,6 +46,9 @@ class LocalDesk:
         now = self._clock()
         self._tell(self._queue.set_slots(worker_id, slots, int(now * US)))
 
+    def overview(self) -> Overview:
+        return self._queue.overview(int(self._clock() * US))
+
     def _tell(self, grants: list[Grant]) -> None:
         for grant in grants:
             self._roster.grant(grant.id, grant.worker)
@@ -56,4 +59,8 @@ class LocalAdmission(QueuedAdmission):
 
     def __init__(self, limits: settings.Admission, metrics: Metrics, clock: Callable[[], float]) -> None:
         roster = Roster(new_name(), metrics, clock)
-        super().__init__(limits, roster, LocalDesk(rules_of(limits), roster, clock))
+        self._local = LocalDesk(rules_of(limits), roster, clock)
+        super().__init__(limits, roster, self._local)
+
+    async def overview(self) -> Overview:
+        return self._local.overview()

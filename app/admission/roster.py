@@ -14,7 +14,7 @@ from typing import Protocol, Self
 
 from app import settings
 from app.admission.cost import Costs
-from app.admission.fairness import MOVED, RANK, Debt, Kind, Place, Rules
+from app.admission.fairness import MOVED, RANK, Debt, Kind, Overview, Place, Rules
 from app.admission.ticket import Ticket
 from app.errors import GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
 from app.inference import Band, TokenUsage
@@ -242,9 +242,14 @@ class QueuedAdmission:
     def __init__(self, limits: settings.Admission, roster: Roster, desk: Desk) -> None:
         self._limits = limits
         self._costs = Costs()
+        self._max_wait_s = {band: limits.max_wait_s(band) for band in Band}
         self.roster = roster
         self.desk = desk
         self.slots: dict[str, int] = {}
+
+    async def overview(self) -> Overview:
+        """All that waits, wherever it arrived. Raises DependencyUnavailable."""
+        raise NotImplementedError
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -293,7 +298,7 @@ class QueuedAdmission:
         limits, ticket = self._limits, lease.ticket
         lease.is_unserved = not any(self.slots.get(worker_id) for worker_id in ticket.candidates)
         granted = self.roster.enter(
-            lease, limits.no_worker_timeout_s if lease.is_unserved else limits.max_wait_s(ticket.band)
+            lease, limits.no_worker_timeout_s if lease.is_unserved else self._max_wait_s[ticket.band]
         )
         try:
             self.desk.arrive(lease)

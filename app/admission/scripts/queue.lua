@@ -20,7 +20,7 @@
 local OK, RESYNC, STALE = 0, 1, 2
 local GRANTED, WAITS, TENANT_FULL, BAND_FULL, QUEUE_FULL, HOPELESS = 0, 1, 2, 3, 4, 5
 local MOVED, BANDS = 0, 5
-local DRAIN_WINDOW, DRAIN_TRUSTED = 32, 16
+local DRAIN_WINDOW, DRAIN_TRUSTED, TENANTS_KNOWN = 32, 16, 10000
 
 local call = redis.call
 local prefix = KEYS[1]
@@ -206,6 +206,9 @@ end
 local function put_finish(band, tenant, finish)
   if finish > virtual.get(band) then
     call('ZADD', key('finish', band), finish, tenant)
+    if call('ZCARD', key('finish', band)) > TENANTS_KNOWN then
+      call('ZREMRANGEBYRANK', key('finish', band), 0, 0)
+    end
   else
     call('ZREM', key('finish', band), tenant)
   end
@@ -237,7 +240,7 @@ local function count(place, sign)
   for _, scope in ipairs(scopes) do
     depth.put(scope, depth.get(scope) + sign)
     if place.bytes ~= 0 then
-      depth.put(scope .. '#', depth.get(scope .. '#') + sign * place.bytes)
+      depth.put('#' .. scope, depth.get('#' .. scope) + sign * place.bytes)
     end
   end
   local line = 'l:' .. place.band .. ':' .. place.route
@@ -276,7 +279,7 @@ local function refusal(place, wait_us)
   }
   for _, bound in ipairs(bounds) do
     local kind, scope, limit, limit_bytes = unpack(bound)
-    if depth.get(scope) + 1 > limit or depth.get(scope .. '#') + place.bytes > limit_bytes then
+    if depth.get(scope) + 1 > limit or depth.get('#' .. scope) + place.bytes > limit_bytes then
       return kind
     end
   end
