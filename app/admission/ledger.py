@@ -204,14 +204,17 @@ class Ledger:
     async def open(self) -> None:
         """Connect, check the server, load the scripts, subscribe. Raises LedgerGone, ConfigurationError."""
         await self.close()
-        self._connection = await self._connect()
-        _check_server(await self._ask(b"INFO"), self._redis)
-        for source in self._scripts.sources:
-            await self._ask(b"SCRIPT", b"LOAD", source)
-        self._listener = await self._connect()
-        async with _bounded():
-            await self._listener.send_packed_command(_packed(b"SUBSCRIBE", self._channel), check_health=False)
-            await self._listener.read_response(disable_decoding=True)
+        try:
+            self._connection = await self._connect()
+            _check_server(await self._ask(b"INFO"), self._redis)
+            await self._load()
+            self._listener = await self._connect()
+            async with _bounded():
+                await self._listener.send_packed_command(_packed(b"SUBSCRIBE", self._channel), check_health=False)
+                await self._listener.read_response(disable_decoding=True)
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """Drop both connections, without a word."""
@@ -228,8 +231,7 @@ class Ledger:
             due = list(range(len(calls)))
             due = await self._send(calls, due, outcomes)
             if due:
-                for source in self._scripts.sources:
-                    await self._ask(b"SCRIPT", b"LOAD", source)
+                await self._load()
                 if await self._send(calls, due, outcomes):
                     raise LedgerGone("the server forgets scripts as they are loaded")
         return [outcome for outcome in outcomes if outcome is not None]
@@ -296,6 +298,10 @@ class Ledger:
         if self._connection is None:
             raise LedgerGone("not connected")
         return self._connection
+
+    async def _load(self) -> None:
+        for source in self._scripts.sources:
+            await self._ask(b"SCRIPT", b"LOAD", source)
 
     async def _ask(self, *words: bytes) -> Any:
         connection = self._held()
