@@ -60,7 +60,7 @@ local function renew(worker)
 end
 
 local last = tonumber(call('HGET', key('calls'), me) or -1)
-if call('HGET', key('state'), 'epoch') == epoch and answered <= last then
+if answered <= last then
   if number == last then
     return call('HGET', key('replies'), me)
   elseif number < last then
