@@ -10,7 +10,7 @@ from math import inf
 from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
-from app.api.protocol import CONNECTION, ClientConnection
+from app.api.protocol import connection_of
 from app.api.responses import send_reply
 from app.errors import InvalidValue
 from app.inference import InferenceRequest, Route
@@ -70,7 +70,7 @@ class InferenceRoutes:
         arrived = time.monotonic()
         runtime: Runtime = scope["state"]["runtime"]
         body = await read_body(scope, receive, runtime.settings.limits)
-        client: ClientConnection = scope[CONNECTION]
+        client = connection_of(scope)
         with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s):
             request = InferenceRequest.parse(
                 body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived

@@ -42,9 +42,20 @@ def document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document of the whole gateway; built once."""
     if app.openapi_schema is None:
         built = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _drop_framework_errors(built)
         _add_inference(built)
         app.openapi_schema = built
     return app.openapi_schema
+
+
+def _drop_framework_errors(built: dict[str, Any]) -> None:
+    """FastAPI promises a 422 of its own shape wherever it validates; here it is answered as a 400 in OpenAI's."""
+    for path in built["paths"].values():
+        for operation in path.values():
+            if operation["responses"].pop("422", None) is not None:
+                operation["responses"].update({status: _error(_ERRORS[status]) for status in ("400", "404")})
+    for shape in ("HTTPValidationError", "ValidationError"):
+        built.get("components", {}).get("schemas", {}).pop(shape, None)
 
 
 def _add_inference(built: dict[str, Any]) -> None:

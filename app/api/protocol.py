@@ -12,9 +12,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 CONNECTION = "sluice.connection"
+RESPONSE = "sluice.response"
 
 
 class ClientConnection(HttpToolsProtocol):
@@ -34,9 +36,12 @@ class ClientConnection(HttpToolsProtocol):
         if callback is not None:
             callback()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope[CONNECTION] = self  # type: ignore[literal-required]
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self.cycle is not None:
+            # The application is a task that has not begun yet.
+            self.scope[CONNECTION] = self  # type: ignore[literal-required]
+            self.scope[RESPONSE] = ResponseState(self.cycle)  # type: ignore[literal-required]
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -63,6 +68,39 @@ class ClientConnection(HttpToolsProtocol):
     def abort(self) -> None:
         """Close now. An orderly close would wait, for ever, until the client has read what is buffered."""
         self.transport.abort()
+
+
+class ResponseState:
+    """The response to one request, whoever writes it."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its head has been sent."""
+        return self._cycle.response_started
+
+    def add_header(self, name: bytes, value: bytes) -> None:
+        """Send this header with it, also if it is an error's or the framework's own."""
+        self._cycle.default_headers = [*self._cycle.default_headers, (name, value)]
+
+
+def connection_of(scope: Scope) -> ClientConnection:
+    connection: ClientConnection = scope[CONNECTION]
+    return connection
+
+
+def response_of(scope: Scope) -> ResponseState:
+    response: ResponseState = scope[RESPONSE]
+    return response
+
+
+def forget(scope: Scope) -> None:
+    """Let go of connection and response at the end of a request: they hold the scope, and only a collector would."""
+    del scope[CONNECTION], scope[RESPONSE]
 
 
 class JoinedWrites:

@@ -6,22 +6,52 @@ import functools
 import os
 import socket
 import tempfile
+from types import FrameType
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from app.api.app import create_app
 from app.api.protocol import ClientConnection
+from app.catalogue import Catalogue
 from app.errors import LaunchError
 from app.settings import Settings
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # longer than any usual load balancer's, so that it is never us who close under its request
+# A process that is still importing answers no health check; with uvicorn's 5 s a busy machine kills every process
+# while it starts, again and again.
+START_TIMEOUT_S = 60
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 
+class Server(uvicorn.Server):
+    """One process. A stop that was asked for is a good end, exit code 0, and asking twice is asking for it now.
+
+    uvicorn's own server would raise the signal again once it has stopped, and so die of it.
+    """
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+class Processes(Multiprocess):
+    """Several processes on the same sockets, replaced when they die."""
+
+    def terminate_all(self) -> None:
+        # Left open here, they would still take connections that no process accepts any more.
+        for bound in self.sockets:
+            bound.close()
+        super().terminate_all()
+
+
 def serve(settings: Settings) -> None:
-    """Serve until a signal says stop; open requests get `drain_timeout_s` to finish. Raises LaunchError."""
+    """Serve until a signal says stop; open requests get `drain_timeout_s` to finish.
+
+    Raises ConfigurationError or LaunchError, before anything is served.
+    """
+    Catalogue.of(settings.models)  # each process builds its own; what is wrong with it is better told once, here
     sockets = _bind_all(settings)
     config = uvicorn.Config(
         functools.partial(create_app, settings),
@@ -36,18 +66,19 @@ def serve(settings: Settings) -> None:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_worker_healthcheck=START_TIMEOUT_S,
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )
     try:
         if settings.listen.processes == 1:
-            server = uvicorn.Server(config)
+            server = Server(config)
             server.run(sockets)
             if not server.started:
                 raise LaunchError("the gateway did not start; its log says why")
         else:
             with tempfile.TemporaryDirectory(prefix="sluice-metrics-") as directory:
                 os.environ[MULTIPROC_DIR] = directory
-                Multiprocess(config, sockets).run()
+                Processes(config, sockets).run()
     finally:
         for bound in sockets:
             bound.close()

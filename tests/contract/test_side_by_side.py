@@ -76,7 +76,7 @@ PROMPTS: list[dict[str, Any]] = [
     {"logprobs": 1, "echo": True},
     {"logprobs": 21},
     {"prompt": [5, 6]},
-    {"prompt": [[5, 6], [7]], "return_token_ids": True},
+    {"prompt": [5, 6], "return_token_ids": True},
     {"prompt": ""},
     {"prompt": []},
     {"prompt": 5},
@@ -97,6 +97,7 @@ CASES += [(CHAT, CHAT_BASE, {"stream_options": options}, True) for options in (U
 CASES += [(COMPLETIONS, PROMPT_BASE, fields, stream) for fields in PROMPTS for stream in (False, True)]
 CASES += [(COMPLETIONS, PROMPT_BASE, {"stream_options": options}, True) for options in (USAGE, CONTINUOUS)]
 # Streamed, the choices of one request come in no fixed order.
+CASES += [(COMPLETIONS, PROMPT_BASE, {"prompt": [[5, 6], [7]], "return_token_ids": True}, False)]
 CASES += [(CHAT, CHAT_BASE, RANDOM, False), (COMPLETIONS, PROMPT_BASE, {**RANDOM, "prompt": ["a", "b"]}, False)]
 CASES += [
     ("/v1/responses", RESPONSE_BASE, fields, stream)

@@ -154,7 +154,8 @@ class Inference:
         if stream is not None and not silent:
             # As in vLLM the headers leave before the request has a slot in the engine.
             await stream.open()
-        await _check_engine(exchange, job, stream)
+        if await _refused(exchange, job, stream):
+            return
         begun = time.monotonic()
         async with state.engine.admitted(job.sequences):
             admitted = time.monotonic()
@@ -211,17 +212,20 @@ class Inference:
         return first
 
 
-async def _check_engine(exchange: Exchange, job: Job, stream: EventStream | None) -> None:
-    """What only the engine refuses is an event on a stream that has already begun. Raises Refusal or Cut."""
+async def _refused(exchange: Exchange, job: Job, stream: EventStream | None) -> bool:
+    """Whether the engine refuses: an event, when the stream has already begun. Raises Refusal or Cut."""
     try:
         check_engine(job)
     except Refusal as error:
         if stream is None:
             raise
-        if job.kind in ("chat", "completion"):
-            await stream.fail(error.body)
-        exchange.close()
-        raise Cut from None
+        if job.kind not in ("chat", "completion"):
+            # vLLM trips over its own error event here and leaves the stream unfinished.
+            exchange.close()
+            raise Cut from None
+        await stream.fail(error.body)
+        return True
+    return False
 
 
 def _events(draft: Draft) -> Iterator[tuple[int, str | None, dict[str, Any]]]:

@@ -38,9 +38,9 @@ class Wire:
         """Everything up to and with `mark`."""
         return await asyncio.wait_for(self._reader.readuntil(mark), READ_TIMEOUT_S)
 
-    async def rest(self) -> bytes:
+    async def rest(self, timeout_s: float = READ_TIMEOUT_S) -> bytes:
         """Everything up to the peer's close. Raises ConnectionResetError when that was a reset."""
-        return await asyncio.wait_for(self._reader.read(-1), READ_TIMEOUT_S)
+        return await asyncio.wait_for(self._reader.read(-1), timeout_s)
 
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of one answer that declares its length."""
@@ -72,13 +72,20 @@ class Wire:
 
 @asynccontextmanager
 async def connected(url: str, receive_buffer: int | None = None) -> AsyncIterator[Wire]:
-    """A connection to the server at `url`; with `receive_buffer` the kernel holds about that many bytes for it."""
+    """A connection to the server at `url`; with `receive_buffer` the kernel holds about that many bytes for it.
+
+    Raises ConnectionRefusedError.
+    """
     place = urlsplit(url)
     peer = socket.socket()
     peer.setblocking(False)
     if receive_buffer is not None:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    await asyncio.get_running_loop().sock_connect(peer, (place.hostname, place.port))
+    try:
+        await asyncio.get_running_loop().sock_connect(peer, (place.hostname, place.port))
+    except OSError:
+        peer.close()
+        raise
     reader, writer = await asyncio.open_connection(sock=peer, limit=4 * 1024 * 1024)
     try:
         yield Wire(reader, writer)

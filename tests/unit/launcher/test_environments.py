@@ -69,7 +69,7 @@ class Uv:
 
 @pytest.fixture
 def installer() -> Installer:
-    return Installer(Sources(), locks_directory(), Path("uv"))
+    return Installer(Sources, locks_directory(), Path("uv"))
 
 
 def test_an_environment_is_current_once_it_is_made(tmp_path: Path, installer: Installer) -> None:

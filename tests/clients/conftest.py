@@ -1,0 +1,34 @@
+"""What the official clients talk to: a gateway process in front of a fake worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI
+
+from tests.clients.conversations import Served
+from tests.fakes.worker import FakeWorker
+from tests.integration.gateway.running import GatewayProcess, model
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def fake() -> AsyncIterator[FakeWorker]:
+    async with FakeWorker("m") as worker:
+        yield worker
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def served(fake: FakeWorker, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    async with FakeWorker("embed", task="embed") as embedder:
+        models = [model("smollm2", fake), model("embed", embedder)]
+        async with GatewayProcess(tmp_path_factory.mktemp("clients"), models) as gateway:
+            await gateway.ready(fake, embedder)
+            yield Served(gateway, "smollm2", "smollm2:v", fake.url)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def client(served: Served) -> AsyncIterator[AsyncOpenAI]:
+    async with served.client() as client:
+        yield client

@@ -1,0 +1,56 @@
+// Conversations by the official client; prints what each brought as a line of JSON. Arguments: base URL, model, modes.
+import OpenAI from "openai";
+
+const [baseURL, model, ...asked] = process.argv.slice(2);
+const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 60_000 });
+const request = {
+  model,
+  messages: [{ role: "user", content: "What is the capital of France?" }],
+  max_tokens: 16,
+  temperature: 0,
+};
+
+async function streamed(options) {
+  const stream = await client.chat.completions.create({ ...request, ...options, stream: true });
+  const told = { content: "", finish: null, usage: null, chunks: 0 };
+  for await (const chunk of stream) {
+    told.chunks += 1;
+    told.content += chunk.choices[0]?.delta?.content ?? "";
+    told.finish = chunk.choices[0]?.finish_reason ?? told.finish;
+    told.usage = chunk.usage ?? told.usage;
+  }
+  return told;
+}
+
+async function cancelled() {
+  const stream = await client.chat.completions.create({
+    ...request, max_tokens: 512, ignore_eos: true, x_timing: { decode_s: 0.02 }, stream: true,
+  });
+  for await (const chunk of stream) {
+    if (chunk.choices[0]?.delta?.content) break; // leaving the loop aborts the request
+  }
+  return { aborted: stream.controller.signal.aborted };
+}
+
+const modes = {
+  chat: async () => {
+    const { data, request_id } = await client.chat.completions.create(request).withResponse();
+    const [choice] = data.choices;
+    return { content: choice.message.content, finish: choice.finish_reason, usage: data.usage, request_id };
+  },
+  stream: () => streamed({}),
+  usage: () => streamed({ stream_options: { include_usage: true } }),
+  models: async () => ({ ids: (await client.models.list()).data.map((entry) => entry.id) }),
+  broken: () => streamed({ x_fault: "die_after:3" }),
+  missing: () => client.chat.completions.create({ ...request, model: "nobody" }),
+  cancelled,
+};
+
+for (const mode of asked) {
+  try {
+    console.log(JSON.stringify(await modes[mode]()));
+  } catch (error) {
+    const { status, code, type, param } = error;
+    console.log(JSON.stringify({ error: { name: error.constructor.name, status, code, type, param } }));
+  }
+}

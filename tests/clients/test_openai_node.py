@@ -1,0 +1,114 @@
+"""The official `openai` npm package against the gateway: chat and streams, by the script `conversation.mjs`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.clients.conversations import Served
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+HERE = Path(__file__).parent
+PINNED = ("package.json", "package-lock.json")
+SCRIPT = "conversation.mjs"
+MODES = ("chat", "stream", "usage", "models", "missing", "broken", "cancelled")
+INSTALL_TIMEOUT_S = 110
+TALK_TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="session")
+def script(pytestconfig: pytest.Config) -> Path:
+    """The script beside its installed packages: installed once for each lock file, outside of the working tree."""
+    npm = shutil.which("npm")
+    if npm is None and shutil.which("node") is None:
+        pytest.skip("needs Node.js 20 or newer with npm, and neither `node` nor `npm` is on the PATH")
+    assert npm is not None, "`node` is on the PATH and `npm` is not"
+    pinned = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in PINNED)).hexdigest()
+    place = pytestconfig.cache.mkdir(f"npm-{pinned[:16]}")
+    installed = place / "installed"
+    if not installed.exists():
+        for name in PINNED:
+            shutil.copy(HERE / name, place)
+        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier"]
+        subprocess.run(command, cwd=place, check=True, timeout=INSTALL_TIMEOUT_S)
+        installed.touch()
+    shutil.copy(HERE / SCRIPT, place)
+    return place / SCRIPT
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def told(script: Path, served: Served) -> dict[str, dict[str, Any]]:
+    """What each conversation brought, by its mode. One process has them all: it takes longer to start than to talk."""
+    process = await asyncio.create_subprocess_exec(
+        "node",
+        script.name,
+        served.url,
+        served.model,
+        *MODES,
+        cwd=script.parent,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        lines, complaints = await asyncio.wait_for(process.communicate(), TALK_TIMEOUT_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, complaints.decode()
+    await served.released()  # the last one leaves its stream open
+    return dict(zip(MODES, map(json.loads, lines.splitlines()), strict=True))
+
+
+Told = dict[str, dict[str, Any]]
+
+
+async def test_chat(told: Told) -> None:
+    chat = told["chat"]
+    assert (chat["content"], chat["finish"]) == ("What is the capital of France?", "stop")
+    assert chat["usage"]["total_tokens"] == chat["usage"]["prompt_tokens"] + chat["usage"]["completion_tokens"]
+    assert chat["request_id"]
+
+
+async def test_stream(told: Told) -> None:
+    stream = told["stream"]
+    assert (stream["content"], stream["finish"]) == ("What is the capital of France?", "stop")
+    assert stream["usage"] is None
+
+
+async def test_stream_with_usage(told: Told) -> None:
+    stream = told["usage"]
+    assert stream["content"] == "What is the capital of France?"
+    assert stream["usage"]["completion_tokens"] == stream["chunks"] - 2  # less the role's and the usage's own
+
+
+async def test_models(told: Told, served: Served) -> None:
+    assert {served.model, served.variant} <= set(told["models"]["ids"])
+
+
+async def test_a_wrong_model(told: Told) -> None:
+    assert told["missing"]["error"] == {
+        "name": "NotFoundError",
+        "status": 404,
+        "code": "model_not_found",
+        "type": "invalid_request_error",
+        "param": "model",
+    }
+
+
+async def test_a_broken_stream_throws(told: Told) -> None:
+    error = told["broken"]["error"]
+    assert (error["name"], error["code"], error["type"]) == ("APIError", "worker_lost", "server_error")
+
+
+async def test_a_stream_that_is_left_is_aborted(told: Told) -> None:
+    assert told["cancelled"] == {"aborted": True}

@@ -1,0 +1,121 @@
+"""SIGTERM: what runs is finished, nothing new is taken, and the exit is clean."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.fakes.reading import DONE, events
+from tests.fakes.worker import FakeWorker
+from tests.integration.gateway.asking import CHAT, chat
+from tests.integration.gateway.running import GatewayProcess, model, until
+from tests.integration.gateway.wire import connected, dechunked
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+@asynccontextmanager
+async def running(directory: Path, **settings: Any) -> AsyncIterator[tuple[GatewayProcess, FakeWorker]]:
+    async with FakeWorker("m") as worker:
+        async with GatewayProcess(directory, [model("m", worker, max_concurrency=1)], **settings) as gateway:
+            await gateway.ready(worker)
+            yield gateway, worker
+        await worker.wait_for(connections=0)
+
+
+async def ended(gateway: GatewayProcess, timeout_s: float = 15.0) -> int:
+    """The exit code, once the process has ended."""
+    return await asyncio.to_thread(gateway.process.wait, timeout_s)
+
+
+async def refuses(gateway: GatewayProcess) -> None:
+    """Wait until nobody listens any more."""
+
+    async def is_closed() -> bool:
+        try:
+            async with connected(gateway.url):
+                return False
+        except ConnectionRefusedError:
+            return True
+
+    await until(is_closed, "the port is closed")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_with_nothing_to_finish_it_ends_at_once(tmp_path: Path, processes: int) -> None:
+    """A client that keeps an idle connection is nothing to wait for."""
+    async with running(tmp_path, listen={"processes": processes}) as (gateway, _):
+        async with httpx.AsyncClient(base_url=gateway.url) as idle:
+            assert (await idle.get("/healthz")).status_code == 200
+            children = psutil.Process(gateway.process.pid).children()
+            begun = time.monotonic()
+            gateway.process.signal(signal.SIGINT)
+            assert await ended(gateway) == 0
+            assert time.monotonic() - begun < 10
+        _, left = await asyncio.to_thread(psutil.wait_procs, children, 5)
+        assert left == []
+        assert "Traceback" not in gateway.process.output
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_open_and_waiting_requests_are_finished(tmp_path: Path, processes: int) -> None:
+    """One slot in each process: with one process, one of these waits for the other."""
+    async with running(tmp_path, listen={"processes": processes}) as (gateway, worker):
+        worker.hold()
+        async with connected(gateway.url) as stream, connected(gateway.url) as whole:
+            await stream.post(CHAT, chat("a b c", stream=True))
+            await worker.wait_for(open=1)
+            await whole.post(CHAT, chat("a b c"))
+            await gateway.metric("sluice_requests_in_flight", 2)
+            gateway.process.terminate()
+            await refuses(gateway)
+            worker.resume()
+            _, headers, answer = await whole.answer()
+            assert b'"object":"chat.completion"' in answer
+            assert headers["connection"] == "close"
+            await stream.until(b"\r\n\r\n")
+            content, in_order = dechunked(await stream.rest())
+            assert in_order
+            assert events(content)[-1].data == DONE
+        assert await ended(gateway) == 0
+        assert "Traceback" not in gateway.process.output
+
+
+async def test_a_stream_that_outlasts_the_drain_limit_is_broken_honestly(tmp_path: Path) -> None:
+    async with running(tmp_path, drain_timeout_s=1) as (gateway, worker), connected(gateway.url) as wire:
+        await wire.post(CHAT, chat("a b c", stream=True, x_fault="hang_after:2"))
+        await wire.until(b"\r\n\r\n")
+        for _ in range(2):
+            await wire.until(b"\n\n")
+        begun = time.monotonic()
+        gateway.process.terminate()
+        rest = await wire.rest()
+        assert b"[DONE]" not in rest
+        assert not rest.endswith(b"0\r\n\r\n")
+        assert await ended(gateway) == 0
+        assert 0.9 < time.monotonic() - begun < 8
+        await worker.wait_for(open=0)
+
+
+async def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as (gateway, worker):
+        worker.hold()
+        async with connected(gateway.url) as wire:
+            await wire.post(CHAT, chat(stream=True))
+            await worker.wait_for(running=1)
+            gateway.process.signal(signal.SIGINT)
+            await refuses(gateway)
+            begun = time.monotonic()
+            gateway.process.signal(signal.SIGINT)
+            assert await ended(gateway) == 0
+            assert time.monotonic() - begun < 5
+            await worker.wait_for(open=0)
