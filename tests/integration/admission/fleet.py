@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import redis
@@ -75,28 +75,53 @@ async def granted_in_time(admission: RedisAdmission, asked: Ticket, limit_s: flo
     return lease, time.monotonic() - started
 
 
+# The whole ledger in one answer, also out of memory: {key: members}, of `slots` and `depth` the values too.
+READ = """#!lua flags=no-writes,allow-oom
+local found = {}
+for _, name in ipairs(redis.call('KEYS', ARGV[1] .. '*')) do
+  local kind, short = redis.call('TYPE', name)['ok'], string.sub(name, #ARGV[1] + 1)
+  local value = kind == 'zset' and redis.call('ZRANGE', name, 0, -1)
+    or kind == 'set' and redis.call('SMEMBERS', name)
+    or (short == 'depth' or short == 'slots') and redis.call('HGETALL', name)
+    or kind == 'hash' and redis.call('HKEYS', name)
+    or {}
+  found[short] = table.concat(value, ' ')
+end
+return cjson.encode(found)
+"""
+
+
 class Dump:
     """Everything that the ledger says at one moment."""
 
-    def __init__(self, url: str) -> None:
-        with redis.Redis.from_url(url, decode_responses=True) as client, client.pipeline(transaction=True) as pipe:
-            names = sorted(client.keys(PREFIX + "held:*"))
-            for name in names:
-                pipe.zrange(name, 0, -1)
-            pipe.hkeys(PREFIX + "tickets")
-            pipe.hgetall(PREFIX + "slots")
-            pipe.hgetall(PREFIX + "depth")
-            *held, tickets, slots, depth = pipe.execute()
-        self.held: dict[str, set[str]] = {
-            name.removeprefix(PREFIX + "held:"): set(ids) for name, ids in zip(names, held, strict=True)
+    def __init__(self, server: str | redis.Redis) -> None:
+        if isinstance(server, str):
+            with redis.Redis.from_url(server) as client:
+                text = client.eval(READ, 0, PREFIX)
+        else:
+            text = server.eval(READ, 0, PREFIX)
+        words: dict[str, list[str]] = {name: joined.split() for name, joined in json.loads(text).items()}
+        parts = {name: name.split(":") for name in words}
+        self.held = {name.removeprefix("held:"): set(ids) for name, ids in words.items() if name.startswith("held:")}
+        self.tickets = set(words.get("tickets", ()))
+        self.deadlines = set(words.get("deadlines", ()))
+        self.flows = {
+            (f"{part[1]}:{part[2]}", part[3]): words[name] for name, part in parts.items() if part[0] == "flow"
         }
-        self.tickets: set[str] = set(tickets)
-        self.slots: dict[str, int] = {worker: int(count) for worker, count in slots.items()}
-        self.depth: dict[str, int] = {field: int(count) for field, count in depth.items()}
+        self.lines = {f"{part[1]}:{part[2]}": words[name] for name, part in parts.items() if part[0] == "line"}
+        self.lines_of = {
+            name.removeprefix("lines:"): set(lines) for name, lines in words.items() if name.startswith("lines:")
+        }
+        self.slots = _counts(words.get("slots", []))
+        self.depth = _counts(words.get("depth", []))
 
     @property
     def leases(self) -> set[str]:
         return {lease for ids in self.held.values() for lease in ids}
+
+
+def _counts(fields: list[str]) -> dict[str, int]:
+    return {name: int(count) for name, count in zip(fields[::2], fields[1::2], strict=True)}
 
 
 def is_told(url: str, *admissions: RedisAdmission) -> bool:
@@ -105,7 +130,3 @@ def is_told(url: str, *admissions: RedisAdmission) -> bool:
     held = {lease for admission in admissions for lease in admission.roster.held}
     waiting = {lease for admission in admissions for lease in admission.roster.waiting}
     return dump.leases == held and dump.tickets == waiting
-
-
-def loads(leases: Sequence[QueuedLease]) -> Counter[str]:
-    return Counter(lease.worker_id for lease in leases if lease.worker_id)

@@ -81,17 +81,23 @@ async def test_without_the_ledger_replicas_together_never_exceed_the_slots(own_v
 
 
 async def test_live_leases_are_told_before_anything_is_granted(own_valkey: Valkey) -> None:
-    """After an empty restart the first replica back finds all slots free; it must not believe that."""
-    limits = {"replicas": 2, "lease_s": 6}
-    async with replica(own_valkey.url, 4, **limits) as one, replica(own_valkey.url, 4, **limits) as two:
-        held = [await admission.admit(ticket()) for admission in (one, one, two, two)]
-        await restarted(own_valkey)
-        (waiting,) = await queued(one, ticket())
-        await until(lambda: is_told(own_valkey.url, one, two))
-        assert len(Dump(own_valkey.url).held["w"]) == 4
-        assert not waiting.done()
-        held[3].release()
-        await asyncio.wait_for(waiting, 2)
+    """After an empty restart the first replica back finds half of the slots free; it must not believe that."""
+    async with FaultProxy(own_valkey.port) as way:
+        async with (
+            replica(own_valkey.url, 4, replicas=2, lease_s=9) as one,
+            replica(way.url, 4, replicas=2, lease_s=9) as two,
+        ):
+            held = [await admission.admit(ticket()) for admission in (one, one, two, two)]
+            way.fall_silent()
+            await restarted(own_valkey)
+            (waiting,) = await queued(one, ticket())
+            await until(lambda: Dump(own_valkey.url).leases == {held[0].id, held[1].id})
+            way.heal()
+            await until(lambda: is_told(own_valkey.url, one, two))
+            assert len(Dump(own_valkey.url).held["w"]) == 4
+            assert not waiting.done()
+            held[3].release()
+            await asyncio.wait_for(waiting, 2)
 
 
 async def test_it_may_be_told_to_refuse_without_the_ledger(own_valkey: Valkey) -> None:
@@ -143,7 +149,7 @@ async def test_leases_that_expired_in_a_pause_are_not_given_to_others(own_valkey
 
 
 async def test_out_of_memory_refuses_arrivals_whole_and_releases_still_work(own_valkey: Valkey) -> None:
-    async with replica(own_valkey.url) as one:
+    async with replica(own_valkey.url, lease_s=15) as one:  # no sync comes to help
         held = await one.admit(ticket())
         (waiting,) = await queued(one, ticket())
         with redis.Redis.from_url(own_valkey.url) as client:

@@ -6,7 +6,6 @@ Time is the test's own. After every step the whole ledger is read and checked.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from app.admission import ledger
 from app.admission.fairness import Debt, Grant, Kind, Place
 from app.admission.ledger import Answer, Call, Departures, LedgerChanged, LedgerFull
 from tests.integration.admission.driving import LEASE_US, RULES, Clock, Replica
-from tests.integration.admission.fleet import PREFIX
+from tests.integration.admission.fleet import PREFIX, Dump
 from tests.processes import Valkey
 
 SLOTS = {"w1": 2, "w2": 1}
@@ -45,43 +44,6 @@ class Known:
     held: dict[str, tuple[str, Place]] = field(default_factory=dict)
     is_unsure: bool = True
     renewed_us: int = 0
-
-
-# The whole ledger in one answer, whatever its keys are.
-READ = """
-local found = {}
-for _, name in ipairs(redis.call('KEYS', ARGV[1] .. '*')) do
-  local kind = redis.call('TYPE', name)['ok']
-  local value = kind == 'zset' and redis.call('ZRANGE', name, 0, -1)
-    or kind == 'set' and redis.call('SMEMBERS', name)
-    or name == ARGV[1] .. 'depth' and redis.call('HGETALL', name)
-    or kind == 'hash' and redis.call('HKEYS', name)
-    or {}
-  found[string.sub(name, #ARGV[1] + 1)] = table.concat(value, ' ')
-end
-return cjson.encode(found)
-"""
-
-
-class Ledgered:
-    """What the ledger holds at one moment."""
-
-    def __init__(self, client: redis.Redis) -> None:
-        text = client.eval(READ, 0, PREFIX)
-        found: dict[str, list[str]] = (
-            {name: words.split() for name, words in json.loads(str(text)).items()} if text != "{}" else {}
-        )
-        parts = {name: name.split(":") for name in found}
-        self.held = {part[1]: set(found[name]) for name, part in parts.items() if part[0] == "held"}
-        self.tickets = set(found.get("tickets", ()))
-        self.deadlines = set(found.get("deadlines", ()))
-        self.flows = {
-            (f"{part[1]}:{part[2]}", part[3]): found[name] for name, part in parts.items() if part[0] == "flow"
-        }
-        self.lines = {f"{part[1]}:{part[2]}": found[name] for name, part in parts.items() if part[0] == "line"}
-        self.lines_of = {worker: set(found.get(f"lines:{worker}", ())) for worker in SLOTS}
-        depth = found.get("depth", [])
-        self.depth = {key: int(value) for key, value in zip(depth[::2], depth[1::2], strict=True)}
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -167,11 +129,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES))
     def release_what_is_not_held(self, name: str) -> None:
         known = self._sure(name)
-        before = Ledgered(self.client).held
+        before = Dump(self.client).held
         departures = Departures.none()
         departures.release(known.replica.new_id(), "w1", Debt(2, "a", 50.0))
         self._call(known, ledger.depart(departures), False)
-        assert Ledgered(self.client).held == before  # I4
+        assert Dump(self.client).held == before  # I4
 
     @rule(name=st.sampled_from(NAMES))
     def sync(self, name: str) -> None:
@@ -248,13 +210,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        state = Ledgered(self.client)
+        state = Dump(self.client)
         self._check_places(state)
         self._check_indexes(state)
         self._check_depths(state)
         self._check_renewed(state)
 
-    def _check_places(self, state: Ledgered) -> None:
+    def _check_places(self, state: Dump) -> None:
         """I1, I3: each is in one place, once. I5: no worker has more leases than slots."""
         leases = [lease for ids in state.held.values() for lease in ids]
         assert len(set(leases)) == len(leases)
@@ -262,16 +224,16 @@ class LedgerMachine(RuleBasedStateMachine):
         for worker, ids in state.held.items():
             assert len(ids) <= SLOTS[worker], worker
 
-    def _check_indexes(self, state: Ledgered) -> None:
+    def _check_indexes(self, state: Dump) -> None:
         """I8: no reachable state has one part of a step without the other."""
         assert sorted(ticket for ids in state.flows.values() for ticket in ids) == sorted(state.tickets)
         assert state.deadlines == state.tickets
         assert {(line, tenant) for line, tenants in state.lines.items() for tenant in tenants} == set(state.flows)
         for worker in SLOTS:
             may = {line for line in state.lines if worker in line.partition(":")[2].split("+")}
-            assert state.lines_of[worker] == may
+            assert state.lines_of.get(worker, set()) == may
 
-    def _check_depths(self, state: Ledgered) -> None:
+    def _check_depths(self, state: Dump) -> None:
         """I15: what is counted is what waits, and within bounds."""
         counted: Counter[str] = Counter()
         for (line, tenant), ids in state.flows.items():
@@ -282,7 +244,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert all(value <= RULES.tenant_limit for key, value in counted.items() if key.startswith("t:"))
         assert all(value <= RULES.band_limit for key, value in counted.items() if key.startswith("b:"))
 
-    def _check_renewed(self, state: Ledgered) -> None:
+    def _check_renewed(self, state: Dump) -> None:
         """I7: who renews in time keeps what it holds, as far as it is sure of it."""
         for known in self.known.values():
             if not known.is_unsure and self.clock.now_us - known.renewed_us < LEASE_US:
@@ -358,15 +320,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def _check_no_slot_idles(self) -> None:
         """V2: nobody waits in vain."""
-        state = Ledgered(self.client)
+        state = Dump(self.client)
         for worker, count in SLOTS.items():
-            assert len(state.held.get(worker, ())) == count or not state.lines_of[worker]
+            assert len(state.held.get(worker, ())) == count or worker not in state.lines_of
 
     def _leases(self) -> set[str]:
-        return {lease for ids in Ledgered(self.client).held.values() for lease in ids}
+        return {lease for ids in Dump(self.client).held.values() for lease in ids}
 
     def _tickets(self) -> set[str]:
-        return Ledgered(self.client).tickets
+        return Dump(self.client).tickets
 
     def _everything(self) -> dict[bytes, bytes]:
         with redis.Redis.from_url(self.url) as raw:
