@@ -229,9 +229,8 @@ class RedisAdmission(QueuedAdmission):
         self._log.warning("redis is back", leases=len(self.roster.held), tickets=len(self.roster.waiting))
         self._metrics.admission_degraded.set(0)
         self.desk = self._shared
-        for lease in self.roster.in_order():
-            lease.is_again = True
-            self._shared.arrive(lease)
+        for lease in self.roster.waiting.values():
+            lease.is_again = True  # the ledger will not know it, say so, and get it in the next call
 
     def set_slots(self, worker_id: str, slots: int) -> None:
         self.slots[worker_id] = slots
