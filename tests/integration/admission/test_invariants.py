@@ -33,6 +33,9 @@ from tests.processes import Valkey
 SLOTS = {"w1": 2, "w2": 1}
 ROUTES = (("w1",), ("w2", "w1"), ("w2",))
 NAMES = ("p", "q")
+ASKED = st.tuples(
+    st.sampled_from(ROUTES), st.integers(1, 4), st.sampled_from("ab"), st.sampled_from((2_000_000, 60_000_000))
+)
 
 
 @dataclass
@@ -79,29 +82,24 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # What replicas do
 
-    @rule(
-        name=st.sampled_from(NAMES),
-        route=st.sampled_from(ROUTES),
-        band=st.integers(1, 4),
-        tenant=st.sampled_from("ab"),
-        patience_us=st.sampled_from((2_000_000, 60_000_000)),
-        loses_reply=st.booleans(),
-    )
-    def arrive(
-        self, name: str, route: tuple[str, ...], band: int, tenant: str, patience_us: int, loses_reply: bool
-    ) -> None:
+    @rule(name=st.sampled_from(NAMES), asked=st.lists(ASKED, min_size=1, max_size=4), loses_reply=st.booleans())
+    def arrive(self, name: str, asked: list[tuple[tuple[str, ...], int, str, int]], loses_reply: bool) -> None:
         known = self._sure(name)
-        place = Place(known.replica.new_id(), band, "+".join(route), route, tenant, 1.0, 10.0, patience_us, 0, 10)
-        known.waiting[place.id] = (place, self.clock.now_us + patience_us)
-        outcome = self._call(known, ledger.arrive([place]), loses_reply)
+        places = []
+        for route, band, tenant, patience_us in asked:
+            place = Place(known.replica.new_id(), band, "+".join(route), route, tenant, 1.0, 10.0, patience_us, 0, 10)
+            known.waiting[place.id] = (place, self.clock.now_us + patience_us)
+            places.append(place)
+        outcome = self._call(known, ledger.arrive(places), loses_reply)
         if isinstance(outcome, LedgerFull):
-            del known.waiting[place.id]
-        elif isinstance(outcome, Answer):
-            (arrived,) = outcome.body
-            if arrived.kind is Kind.GRANTED:
-                self._granted(known, [Grant(place.id, arrived.outcome)])
-            elif arrived.kind is not Kind.WAITS:
+            for place in places:
                 del known.waiting[place.id]
+        elif isinstance(outcome, Answer):
+            for place, arrived in zip(places, outcome.body, strict=True):
+                if arrived.kind is Kind.GRANTED:
+                    self._granted(known, [Grant(place.id, arrived.outcome)])
+                elif arrived.kind is not Kind.WAITS:
+                    del known.waiting[place.id]
 
     @rule(name=st.sampled_from(NAMES), at=st.integers(0, 99), loses_reply=st.booleans())
     def release(self, name: str, at: int, loses_reply: bool) -> None:
@@ -354,8 +352,8 @@ def test_the_invariants_hold_whatever_happens(machine: type[LedgerMachine]) -> N
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25,
-            stateful_step_count=30,
+            max_examples=40,
+            stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             database=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -58,25 +58,61 @@ class Replicas:
         return [received.body["nonce"] for received in self.worker.requests if "nonce" in received.body]
 
 
-@pytest.fixture
-async def replicas(valkey: Valkey, tmp_path: Path) -> AsyncIterator[Replicas]:
+@asynccontextmanager
+async def running(url: str, directory: Path, lease_s: float) -> AsyncIterator[Replicas]:
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(FakeWorker("m"))
         gateways = []
         for name in ("one", "two"):
-            (tmp_path / name).mkdir()
+            (directory / name).mkdir()
             gateway = GatewayProcess(
-                tmp_path / name,
+                directory / name,
                 [model("m", worker, max_concurrency=2)],
-                redis={"url": valkey.url},
-                admission={"replicas": 2, "lease_s": LEASE_S, "trust_tenant_header": True},
+                redis={"url": url},
+                admission={"replicas": 2, "lease_s": lease_s, "trust_tenant_header": True},
             )
             gateways.append(await stack.enter_async_context(gateway))
         for gateway in gateways:
             await gateway.ready(worker)
-        yield Replicas(valkey.url, worker, *gateways)
+        yield Replicas(url, worker, *gateways)
         worker.heal()
         worker.resume()
+
+
+@pytest.fixture
+async def replicas(valkey: Valkey, tmp_path: Path) -> AsyncIterator[Replicas]:
+    async with running(valkey.url, tmp_path, LEASE_S) as both:
+        yield both
+
+
+@pytest.fixture
+async def patient(valkey: Valkey, tmp_path: Path) -> AsyncIterator[Replicas]:
+    """With leases so long that no sync and no reaper helps while the test runs."""
+    async with running(valkey.url, tmp_path, 120) as both:
+        yield both
+
+
+async def test_a_killed_replicas_tickets_take_no_slot(patient: Replicas) -> None:
+    """F36. A slot that comes free meanwhile goes past them, at once, to who can use it."""
+    patient.worker.hold()
+    lost, leaving = patient.ask(patient.one, "lost"), patient.ask(patient.two, "leaving")
+    await patient.worker.wait_for(open=2)
+    doomed = patient.ask(patient.one, "doomed")
+    await patient.waits(1)
+    survivor = patient.ask(patient.two, "survivor")
+    await patient.waits(2)
+    await asyncio.to_thread(patient.one.process.kill)
+    await asyncio.gather(lost, doomed, return_exceptions=True)
+    await patient.worker.wait_for(open=1)
+    leaving.cancel()
+
+    async def is_dispatched() -> bool:
+        return "survivor" in patient.seen()
+
+    await until_told(is_dispatched, "the survivor at the worker", 2)
+    patient.worker.resume()
+    assert (await survivor).status_code == 200
+    assert "doomed" not in patient.seen()
 
 
 async def test_a_killed_replica_frees_its_slots_and_its_tickets_vanish(replicas: Replicas) -> None:
@@ -116,22 +152,22 @@ async def test_a_replica_that_slept_past_its_leases_frees_nothing_twice(replicas
     assert Dump(replicas.url).depth == {}
 
 
-async def test_a_client_that_leaves_while_queued_is_never_dispatched(replicas: Replicas) -> None:
+async def test_a_client_that_leaves_while_queued_is_never_dispatched(patient: Replicas) -> None:
     """F41."""
-    asked = await replicas.fill(replicas.one)
-    leaving = replicas.ask(replicas.two, "leaver")
-    await replicas.waits(1)
-    staying = replicas.ask(replicas.two, "stayer")
-    await replicas.waits(2)
+    asked = await patient.fill(patient.one)
+    leaving = patient.ask(patient.two, "leaver")
+    await patient.waits(1)
+    staying = patient.ask(patient.two, "stayer")
+    await patient.waits(2)
     left = time.monotonic()
     leaving.cancel()
-    await replicas.waits(1)
+    await patient.waits(1)
     assert time.monotonic() - left <= 1
-    await replicas.two.metric("sluice_requests_total", 1, outcome="cancelled")
-    replicas.worker.resume()
+    await patient.two.metric("sluice_requests_total", 1, outcome="cancelled")
+    patient.worker.resume()
     assert [answer.status_code for answer in await asyncio.gather(*asked, staying)] == [200] * 3
-    assert "leaver" not in replicas.seen()
-    await replicas.holds(0, 2)
+    assert "leaver" not in patient.seen()
+    await patient.holds(0, 2)
 
 
 async def test_both_replicas_show_the_one_queue_and_obey_its_headers(replicas: Replicas) -> None:
