@@ -72,6 +72,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         for name in NAMES:
             self._join(name)
+        for name in NAMES:
+            self._sync(self.known[name])
 
     def teardown(self) -> None:
         for known in self.known.values():
