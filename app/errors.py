@@ -15,6 +15,7 @@
         ├── RequestTimeout          408 request_timeout
         ├── RequestTooLarge         413 request_too_large
         ├── UnsupportedMediaType    415 unsupported_media_type
+        ├── TenantQueueFull         429 tenant_queue_full
         ├── InternalError           500 internal_error
         ├── WorkerLost              502 worker_lost
         ├── UpstreamBadResponse     502 upstream_bad_response
@@ -22,6 +23,7 @@
         ├── QueueTimeout            503 queue_timeout
         ├── NoHealthyWorker         503 no_healthy_worker
         ├── Draining                503 draining
+        ├── DependencyUnavailable   503 dependency_unavailable
         ├── UpstreamTimeout         504 upstream_timeout
         └── UpstreamStalled         504 upstream_stalled
 
@@ -166,6 +168,14 @@ class UnsupportedMediaType(InvalidRequest):
     code = "unsupported_media_type"
 
 
+class TenantQueueFull(GatewayError):
+    """The tenant's own share of the queue is full; others are not affected."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "tenant_queue_full"
+
+
 class InternalError(GatewayError):
     """A bug of ours. The client learns the request id and nothing else."""
 
@@ -207,6 +217,12 @@ class NoHealthyWorker(Unavailable):
 
 class Draining(Unavailable):
     code = "draining"
+
+
+class DependencyUnavailable(Unavailable):
+    """Redis is out of reach, and the configuration says to serve nothing without it."""
+
+    code = "dependency_unavailable"
 
 
 class UpstreamTimeout(GatewayError):
