@@ -15,6 +15,7 @@
         ├── RequestTimeout          408 request_timeout
         ├── RequestTooLarge         413 request_too_large
         ├── UnsupportedMediaType    415 unsupported_media_type
+        ├── TenantQueueFull         429 tenant_queue_full
         ├── InternalError           500 internal_error
         ├── RequestQuarantined      500 request_quarantined
         ├── WorkerLost              502 worker_lost
@@ -23,6 +24,7 @@
         ├── QueueTimeout            503 queue_timeout
         ├── NoHealthyWorker         503 no_healthy_worker
         ├── Draining                503 draining
+        ├── DependencyUnavailable   503 dependency_unavailable
         ├── UpstreamTimeout         504 upstream_timeout
         └── UpstreamStalled         504 upstream_stalled
 
@@ -167,6 +169,14 @@ class UnsupportedMediaType(InvalidRequest):
     code = "unsupported_media_type"
 
 
+class TenantQueueFull(GatewayError):
+    """The tenant's own share of the queue is full; others are not affected."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "tenant_queue_full"
+
+
 class InternalError(GatewayError):
     """A bug of ours. The client learns the request id and nothing else."""
 
@@ -215,6 +225,12 @@ class NoHealthyWorker(Unavailable):
 
 class Draining(Unavailable):
     code = "draining"
+
+
+class DependencyUnavailable(Unavailable):
+    """Redis is out of reach, and the configuration says to serve nothing without it."""
+
+    code = "dependency_unavailable"
 
 
 class UpstreamTimeout(GatewayError):

@@ -104,7 +104,8 @@ class InferenceRequest:
 
     `fields` holds the body's top-level values as the client's own bytes: they are re-framed for the worker, never
     re-encoded, so what a client means is what the worker reads. `arrived` is monotonic time in seconds.
-    `resolved_model` is the catalogue's name, empty until it is resolved: unlike `model` it is safe as a metric label.
+    `deadline` is when the client stops waiting for a first byte, monotonic too. `max_tokens` is what it asked for at
+    most. `resolved_model` is the catalogue's name, empty until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's (see `cache_salt`); empty, the cache is shared with everybody whose salt is empty.
     """
 
@@ -118,6 +119,10 @@ class InferenceRequest:
     client_wants_usage: bool
     arrived: float
     resolved_model: str = ""
+    max_tokens: int | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    deadline: float = float("inf")
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
 
@@ -147,6 +152,7 @@ class InferenceRequest:
             prompt_bytes=len(body),
             client_wants_usage=bool(options and options.include_usage),
             arrived=arrived,
+            max_tokens=_max_tokens(fields),
         )
 
     @property
@@ -200,6 +206,18 @@ def _value(fields: dict[str, msgspec.Raw], name: str, expected: Any, default: An
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidValue(f"Invalid value for {name!r}: {error}", param=name) from None
     return default if value is None else value
+
+
+def _max_tokens(fields: dict[str, msgspec.Raw]) -> int | None:
+    """A hint for the order of the queue, so a value that makes no sense is the worker's to refuse."""
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+        raw = fields.get(name)
+        if raw is not None:
+            try:
+                return max(1, msgspec.json.decode(raw, type=int))
+            except msgspec.DecodeError:
+                return None
+    return None
 
 
 def _band(fields: dict[str, msgspec.Raw]) -> Band:

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from app.admission.controller import RedisAdmission
 from app.admission.local import LocalAdmission
+from app.admission.roster import QueuedAdmission
 from app.admission.ticket import Admission
 from app.catalogue import Catalogue
 from app.gateway import Gateway
@@ -35,6 +37,7 @@ class Runtime:
     catalogue: Catalogue
     registry: Registry
     gateway: Gateway
+    admission: QueuedAdmission
     gauges: Gauges
     metrics: Metrics
     log: Log
@@ -49,7 +52,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     metrics = open_metrics()
     catalogue = Catalogue.of(settings.models)
     registry = Registry(catalogue, log)
-    admission = LocalAdmission(settings.admission)
+    admission = _admission(settings, metrics, log)
     capacity = Capacity(admission, settings.health, clock)
     registry.listen(capacity.offer)
     router = Router(settings.routing)
@@ -58,10 +61,12 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
     gateway = Gateway(catalogue, registry, router, admission, relay, accounts)
     gauges = Gauges(metrics, registry, admission, capacity)
-    monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=admission.held)
-    runtime = Runtime(settings, catalogue, registry, gateway, gauges, metrics, log, started=time.time())
+    # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
+    held = admission.held if settings.redis is None else None
+    monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
+    runtime = Runtime(settings, catalogue, registry, gateway, admission, gauges, metrics, log, started=time.time())
     try:
-        async with monitor.running(), gauges.refreshed():
+        async with admission.running(), monitor.running(), gauges.refreshed():
             yield runtime
     finally:
         relay.close()
@@ -88,18 +93,27 @@ class Capacity:
         return self._offered.get(worker.id, (0, False))[0]
 
 
+def _admission(settings: Settings, metrics: Metrics, log: Log) -> QueuedAdmission:
+    if settings.redis is None:
+        return LocalAdmission(settings.admission, metrics, time.monotonic)
+    processes = settings.admission.replicas * settings.listen.processes
+    return RedisAdmission(settings.admission, settings.redis, processes, metrics, log, time.monotonic)
+
+
 class Gauges:
     """Writes what stands still between events: slots, queue, states of workers."""
 
-    def __init__(self, metrics: Metrics, registry: Registry, admission: LocalAdmission, capacity: Capacity) -> None:
+    def __init__(self, metrics: Metrics, registry: Registry, admission: QueuedAdmission, capacity: Capacity) -> None:
         self._metrics = metrics
         self._registry = registry
         self._admission = admission
         self._capacity = capacity
 
     def write(self) -> None:
+        depth, oldest = self._admission.roster.depth(), self._admission.roster.oldest()
         for band in Band:
-            self._metrics.queue_depth.labels(band).set(self._admission.waiting(band))
+            self._metrics.queue_depth.labels(band).set(depth[band])
+            self._metrics.queue_oldest.labels(band).set(oldest.get(band, 0.0))
         for worker in self._registry:
             self._write_worker(worker)
 

@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterable
+from math import inf
 
 from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
 from app.api.responses import send_reply
+from app.errors import InvalidValue
 from app.inference import InferenceRequest, Route
 from app.runtime import Runtime
+from app.settings import Admission
 
 TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
+TIMEOUT_HEADER = b"x-sluice-timeout-ms"
+CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
+TENANT_HEADER = b"x-sluice-tenant"
+TENANT = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]], settings: Admission) -> None:
+    """What the headers say about a request: whose it is, until when, of which trace. Raises InvalidValue."""
+    traces = []
+    for name, value in headers:
+        if name in TRACE_HEADERS:
+            traces.append((name, value))
+        elif name == TIMEOUT_HEADER:
+            request.deadline = min(request.deadline, request.arrived + _milliseconds(value) / 1000)
+        elif name == CLIENT_TIMEOUT_HEADER:
+            request.deadline = min(request.deadline, request.arrived + _patience_s(value))
+        elif name == TENANT_HEADER and settings.trust_tenant_header:
+            request.tenant = _tenant(value)
+            request.weight = settings.weights.get(request.tenant, 1.0)
+    request.trace_headers = tuple(traces)
+
+
+def _milliseconds(value: bytes) -> int:
+    if not value.isdigit() or not 0 < int(value[:12]) < 10**9:
+        raise InvalidValue("The header x-sluice-timeout-ms is expected to be a positive number of milliseconds.")
+    return int(value)
+
+
+def _patience_s(value: bytes) -> float:
+    """A client's own limit is a hint: one that makes no sense is none."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        return inf
+    return seconds if seconds > 0 else inf
+
+
+def _tenant(value: bytes) -> str:
+    if not TENANT.fullmatch(value):
+        raise InvalidValue("The header x-sluice-tenant is expected to be 1 to 128 visible characters.")
+    return value.decode()
 
 
 class InferenceRoutes:
@@ -29,6 +75,6 @@ class InferenceRoutes:
             request = InferenceRequest.parse(
                 body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived
             )
-            request.trace_headers = tuple(header for header in scope["headers"] if header[0] in TRACE_HEADERS)
+            read_headers(request, scope["headers"], runtime.settings.admission)
             with await runtime.gateway.serve(request) as reply:
                 await send_reply(reply, send, client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,13 +29,15 @@ from app.workers.registry import Registry
 from app.workers.worker import State, Worker
 
 WHOLE_ANSWER_MAX_BYTES = 8 * 1024 * 1024
-MOST_ATTEMPTS = 100
-"""Far above what rests and refusals leave room for within a request's patience: a bound, never a policy."""
+MOST_ATTEMPTS = 32
+"""Above what rests and refusals leave room for within a request's patience: a bound, never a policy."""
+LEFT_PAUSE_S = 0.25
+"""Before an attempt on a worker that this process has left, and whose slots another gateway still offers."""
 MOST_CASUALTIES = 1024
 DYING_S = 10.0
 """How long after its connection was lost a request is a suspect, when its worker then turns out to be dead."""
-TENANT = "anonymous"
-"""Whose requests all are, as long as there are no tenants."""
+ANONYMOUS = "anonymous"
+"""Whose requests those without a tenant are."""
 
 
 class Slot(Protocol):
@@ -73,7 +76,8 @@ class Relay:
         if not self._quarantine:
             return candidates
         self._refuse_quarantined(request)
-        return (cell_of(TENANT, candidates),) if self._quarantine.confines(TENANT, self._clock()) else candidates
+        tenant = _tenant_of(request)
+        return (cell_of(tenant, candidates),) if self._quarantine.confines(tenant, self._clock()) else candidates
 
     async def open(
         self, request: InferenceRequest, slot: Slot, candidates: tuple[str, ...], account: Account
@@ -119,6 +123,7 @@ class Relay:
                 retried = True
             self._metrics.retries.labels(failure.fault).inc()
             await slot.move(self._elsewhere(candidates, worker, failure.fault))
+            await self._rest(self._registry[slot.worker_id])
         raise failure.error
 
     def close(self) -> None:
@@ -212,6 +217,14 @@ class Relay:
             return others
         return (*others, worker.id)
 
+    async def _rest(self, worker: Worker) -> None:
+        """With a shared queue a slot may come up on a worker that only this process knows to be full or gone."""
+        condition = worker.condition
+        if condition.state is State.RESTING:
+            await asyncio.sleep(max(0.0, condition.until - self._clock()))
+        elif not condition.serves:
+            await asyncio.sleep(LEFT_PAUSE_S)
+
     def left(self, attempt: _Attempt) -> None:
         """The exchange of an attempt is over, and its connection was given back."""
         worker, connection = attempt.worker, attempt.connection
@@ -276,8 +289,12 @@ class _Attempt:
         self._relay.left(self)
 
 
+def _tenant_of(request: InferenceRequest) -> str:
+    return request.tenant or ANONYMOUS
+
+
 def _fingerprint(request: InferenceRequest) -> Fingerprint:
-    return Fingerprint.of(TENANT, request.fields)
+    return Fingerprint.of(_tenant_of(request), request.fields)
 
 
 @dataclass(slots=True)

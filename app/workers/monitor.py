@@ -37,7 +37,8 @@ class NotProven(Exception):
 class Monitor:
     """Watches each worker in a task of its own, so that a slow one delays nobody.
 
-    `offer` is told of a worker after each look at it; `held` answers how many of its slots are held.
+    `offer` is told of a worker after each look at it; `held` answers how many of its slots are held by whoever this
+    process shares them with. Without an answer to that there are no strangers.
     """
 
     def __init__(
@@ -184,7 +185,8 @@ class Monitor:
         if before is not None and worker.load is not None and worker.load.generated > before.generated:
             worker.progress.heard = self._clock()
         # What was granted or given back meanwhile is counted as ours: only certain strangers take room away.
-        worker.strangers = strangers_in(worker, max(held, self._held_on(worker)))
+        if self._held is not None:
+            worker.strangers = strangers_in(worker, max(held, self._held_on(worker)))
 
     def _held_on(self, worker: Worker) -> int:
         return max(worker.in_flight, self._held(worker.id) if self._held is not None else 0)

@@ -86,7 +86,7 @@ async def test_f22_a_full_kv_cache_gets_no_new_work_and_keeps_the_order(pool: Ma
         only.inject("kv_full")
         starving = Client(home, request("starving"))
         await only.wait_for(waiting=1)
-        while home.admission._slots[home.known(only).id].capacity:
+        while home.admission.slots[home.known(only).id]:
             await asyncio.sleep(0.01)
         waiting = []
         for number, tier in enumerate(["default", "priority"]):
