@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from starlette.types import Receive, Scope, Send
@@ -12,7 +13,9 @@ from app.api.responses import send_reply
 from app.inference import InferenceRequest, Route
 from app.runtime import Runtime
 
-TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
+TRACE_PARENT = re.compile(rb"[0-9a-f]{2}(?:-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})(?:-[ -~]{0,128})?")
+TRACE_STATE = re.compile(rb"[ -~]{1,512}")
+TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 
 
 class InferenceRoutes:
@@ -27,8 +30,16 @@ class InferenceRoutes:
         client: ClientConnection = scope[CONNECTION]
         with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s):
             request = InferenceRequest.parse(
-                body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived
+                body,
+                request_id=scope["request_id"],
+                route=self.paths[scope["path"]],
+                arrived=arrived,
+                limits=runtime.settings.parameters,
             )
-            request.trace_headers = tuple(header for header in scope["headers"] if header[0] in TRACE_HEADERS)
+            request.trace_headers = tuple(
+                (name, value)
+                for name, value in scope["headers"]
+                if name in TRACE_HEADERS and TRACE_HEADERS[name].fullmatch(value)
+            )
             with await runtime.gateway.serve(request) as reply:
                 await send_reply(reply, send, client)

@@ -54,7 +54,8 @@ def serve(settings: Settings) -> None:
         functools.partial(create_app, settings),
         factory=True,
         loop="uvloop",
-        http=ClientConnection,
+        # uvicorn only ever calls it, with keyword arguments.
+        http=functools.partial(ClientConnection, limits=settings.limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         workers=settings.listen.processes,
