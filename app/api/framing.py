@@ -28,7 +28,7 @@ CHUNK_FRAME_BYTES = 32
 
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
-_REQUEST_LINE = re.compile(rb"[A-Z][A-Z-]{0,31} /[!-~]* HTTP/1\.[01]\r\n")
+_REQUEST_LINE = re.compile(rb"([A-Z][A-Z-]{0,31}) /[!-~]* HTTP/1\.[01]\r\n")
 _FRAMING = frozenset({b"host", b"transfer-encoding", b"content-length", b"expect"})
 
 
@@ -69,13 +69,21 @@ def _check_framing(version: str, framing: dict[bytes, bytes]) -> None:
         raise ExpectationFailed("The expectation cannot be met.")
 
 
+def check_upgrade(headers: Sequence[Header]) -> None:
+    """Refuse to ignore a request for another protocol where a body follows: the parser would not read it as one."""
+    for name, value in headers:
+        if name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0):
+            raise MalformedRequest("A request with a body cannot change the protocol.")
+
+
 def unknown_method(method: str) -> GatewayError:
     return MethodNotAllowed(f"{method} is not allowed.", allow=ALLOWED)
 
 
-def is_request_line(data: bytes) -> bool:
-    """Whether `data` begins like a request of HTTP/1, so that only its method can be what is wrong with it."""
-    return _REQUEST_LINE.match(data) is not None
+def unknown_method_in(data: bytes) -> bool:
+    """Whether `data` begins like a request of HTTP/1, so that its method is what the parser does not know."""
+    line = _REQUEST_LINE.match(data)
+    return line is not None and line[1].decode() not in METHODS
 
 
 def check_chunk_overhead(overhead_bytes: int, chunks: int) -> None:

@@ -10,8 +10,11 @@ from starlette.types import Receive, Scope, Send
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import CONNECTION, ClientConnection
 from app.api.responses import send_reply
-from app.inference import InferenceRequest, Route
+from app.errors import InvalidRequest
+from app.inference import Band, InferenceRequest, Outcome, Route
 from app.runtime import Runtime
+from app.settings import Parameters
+from app.telemetry.account import UNRESOLVED
 
 TRACE_PARENT = re.compile(rb"[0-9a-f]{2}(?:-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})(?:-[ -~]{0,128})?")
 TRACE_STATE = re.compile(rb"[ -~]{1,512}")
@@ -26,20 +29,25 @@ class InferenceRoutes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived = time.monotonic()
         runtime: Runtime = scope["state"]["runtime"]
-        body = await read_body(scope, receive, runtime.settings.limits)
+        try:
+            body = await read_body(scope, receive, runtime.settings.limits)
+            request = self._request(scope, body, arrived, runtime.settings.parameters)
+        except InvalidRequest as error:
+            took_s = time.monotonic() - arrived
+            runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
+            raise
         client: ClientConnection = scope[CONNECTION]
         with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s):
-            request = InferenceRequest.parse(
-                body,
-                request_id=scope["request_id"],
-                route=self.paths[scope["path"]],
-                arrived=arrived,
-                limits=runtime.settings.parameters,
-            )
-            request.trace_headers = tuple(
-                (name, value)
-                for name, value in scope["headers"]
-                if name in TRACE_HEADERS and TRACE_HEADERS[name].fullmatch(value)
-            )
             with await runtime.gateway.serve(request) as reply:
                 await send_reply(reply, send, client)
+
+    def _request(self, scope: Scope, body: bytes, arrived: float, limits: Parameters) -> InferenceRequest:
+        request = InferenceRequest.parse(
+            body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived, limits=limits
+        )
+        request.trace_headers = tuple(
+            (name, value)
+            for name, value in scope["headers"]
+            if name in TRACE_HEADERS and TRACE_HEADERS[name].fullmatch(value)
+        )
+        return request

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Any
+from typing import Any, cast
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserInvalidMethodError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -144,7 +144,7 @@ class ClientConnection(HttpToolsProtocol):
         except (GatewayError, HttpParserError) as error:
             self._refuse(_refusal(error, data))
         else:
-            if self._phase is not Phase.BETWEEN or self.cycle is None or self.cycle.response_complete:
+            if self._phase is not Phase.BETWEEN or self._is_answered:
                 self._await_more()
 
     def on_message_begin(self) -> None:
@@ -162,6 +162,8 @@ class ClientConnection(HttpToolsProtocol):
             raise UriTooLong(f"The request target is longer than {self._limits.target_bytes} bytes.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._phase is Phase.BODY:
+            return  # trailers mean nothing here
         if len(self.headers) >= self._limits.header_count:
             raise HeadersTooLarge(f"There are more than {self._limits.header_count} headers.")
         name = name.lower()
@@ -174,6 +176,8 @@ class ClientConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         method, version = self.parser.get_method().decode("ascii"), self.parser.get_http_version()
         framing.check_head(method, version, self.url, self.headers, self._limits)
+        if self.parser.should_upgrade():
+            framing.check_upgrade(self.headers)
         if len(self.pipeline) >= PIPELINED_REQUESTS:
             raise MalformedRequest(f"More than {PIPELINED_REQUESTS} requests were sent ahead of their answers.")
         super().on_headers_complete()
@@ -210,7 +214,11 @@ class ClientConnection(HttpToolsProtocol):
                 self._chunk_overhead += len(data) - (self._body_bytes - body_before)
             elif before is not Phase.BODY and self._begun <= 1:
                 self._chunk_overhead += len(data) - data.find(b"\r\n\r\n") - 4 - self._body_bytes
-            framing.check_chunk_overhead(self._chunk_overhead, self._body_chunks)
+            try:
+                framing.check_chunk_overhead(self._chunk_overhead, self._body_chunks)
+            except MalformedRequest:
+                self._phase = Phase.BODY  # it is not taken for whole, even if its end has come
+                raise
 
     def _ignore_upgrade(self) -> None:
         """Answer as if no other protocol had been asked for, and close: what follows could be in either."""
@@ -220,7 +228,7 @@ class ClientConnection(HttpToolsProtocol):
     @property
     def _is_answered(self) -> bool:
         """Whether no answer is owed to the latest request; there may have been none."""
-        cycle: RequestResponseCycle | None = self.cycle
+        cycle = cast("RequestResponseCycle | None", self.cycle)
         return cycle is None or cycle.response_complete
 
     # time
@@ -301,7 +309,7 @@ def _refusal(error: Exception, data: bytes) -> GatewayError:
     match cause:
         case GatewayError():
             return cause
-        case HttpParserInvalidMethodError() if framing.is_request_line(data):
+        case HttpParserInvalidMethodError() if framing.unknown_method_in(data):
             return framing.unknown_method("This method")
         case HttpParserError() | UnicodeError():
             return MalformedRequest("The request is not well-formed HTTP/1.1.")

@@ -51,7 +51,9 @@ async def _shared_house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
             model("score", house.score),
         ]
         house.gateway = await stack.enter_async_context(
-            GatewayProcess(tmp_path_factory.mktemp("house"), models, limits={"body_bytes": 1024 * 1024})
+            GatewayProcess(
+                tmp_path_factory.mktemp("house"), models, limits={"body_bytes": 1024 * 1024, "keep_request_ids": True}
+            )
         )
         yield house
 
@@ -91,7 +93,7 @@ class ShortTempered:
 SHORT: dict[str, Any] = {
     "admission": {"queue_limit": 2, "queue_timeout_s": 0.4, "no_worker_timeout_s": 0.4},
     "relay": {"first_byte_timeout_s": 0.6, "gap_timeout_s": 0.4, "keepalive_s": 0.3, "client_stall_timeout_s": 0.6},
-    "limits": {"body_bytes": 65536, "body_timeout_s": 0.4},
+    "limits": {"body_bytes": 65536, "body_timeout_s": 0.4, "keep_request_ids": True},
     "health": {"probe_interval_s": 0.1, "canary_timeout_s": 0.3, "probe_misses": 2},
 }
 
