@@ -85,17 +85,22 @@ def _check_counts(body: bytes) -> None:
 
 
 def _check_duplicates(body: bytes, raw: dict[str, msgspec.Raw]) -> None:
-    """Refuse a key that is twice at the top level. A body without spaces that is as long as its fields has none."""
+    """Refuse a key that is twice at the top level.
+
+    The two usual ways to write JSON, without spaces and as Python does, are known to have none by their length and by
+    writing the fields once more; any other way is counted, at some 2 ms for a megabyte.
+    """
     compact = 1 + sum([len(key) + len(value) for key, value in raw.items()]) + 4 * len(raw)
     shortest_field = 5
-    if len(body) - compact < shortest_field:
+    spaces = len(body) - compact
+    if spaces < shortest_field or (spaces == 2 * len(raw) - 1 and body == _as_python_writes(raw)):
         return
-    skeleton = body
-    for value in raw.values():
-        if len(value) > 1024:
-            skeleton = skeleton.replace(bytes(value), b"0", 1)
-    if _top_level_keys(_structure(skeleton)) != len(raw):
+    if _top_level_keys(_structure(body)) != len(raw):
         raise InvalidValue("The request body has a key twice.")
+
+
+def _as_python_writes(raw: dict[str, msgspec.Raw]) -> bytes:
+    return b"{%b}" % b", ".join([b'"%b": %b' % (key.encode(), value) for key, value in raw.items()])
 
 
 _INNERMOST = re.compile(rb"[\[{][^\[\]{}]*[\]}]")

@@ -89,6 +89,9 @@ def _numbers() -> Iterator[Case]:
 def _sizes() -> Iterator[Case]:
     for text in (b'"model":"m"', b'"mod\\u0065l":"m"', b'"model" : "other"', b'"messages":[]'):
         yield Case("B39", f"again {text.decode()}", _with(text), (400,), VALUE)
+    spaced = b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "aa":1234, "aa":1}'
+    yield Case("B39", "again, as long as Python would write it", post(spaced), (400,), VALUE)
+    yield Case("B39", "again, indented", post(GOOD.replace(b",", b",\n  ")[:-1] + b',\n "model": 1}'), (400,), VALUE)
     for depth in (65, 900, 100_000):
         nested = b'"x":' + b"[" * depth + b"]" * depth
         yield Case("B40", f"{depth} deep", _with(nested), (400,), BROKEN)

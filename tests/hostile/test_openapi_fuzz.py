@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 import httpx
 import pytest
@@ -30,7 +31,7 @@ async def test_a_route_answers_as_documented(fortress: Fortress, path: str, mode
     document = (await fortress.gateway.http.get("/openapi.json")).json()
     schema = schemathesis.openapi.from_dict(document, config=SchemathesisConfig())
     strategy = schema[path]["POST"].as_strategy(generation_mode=mode)
-    bodies: list[schemathesis.Case] = []
+    bodies: list[schemathesis.Case[Any]] = []
 
     @settings(
         max_examples=max(EXAMPLES // 10, 5),
@@ -52,7 +53,7 @@ async def test_a_route_answers_as_documented(fortress: Fortress, path: str, mode
     await fortress.holds()
 
 
-def _sent(case: schemathesis.Case, url: str) -> dict[str, object]:
+def _sent(case: schemathesis.Case[Any], url: str) -> dict[str, Any]:
     """The request as httpx takes it."""
     given = case.as_transport_kwargs(base_url=url)
     content = given.get("data")
