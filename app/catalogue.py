@@ -65,13 +65,14 @@ class WorkerAddress:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One form of a model, with the workers of its pool."""
+    """One form of a model, with the workers of its pool. `resumes`: its broken streams may go on on another of them."""
 
     model: str
     name: str
     workers: tuple[WorkerAddress, ...]
     quantization: str | None = None
     context_length: int | None = None
+    resumes: bool = False
 
     @property
     def public_name(self) -> str:
@@ -118,17 +119,18 @@ class Catalogue:
 
 
 def _model(configured: settings.Model) -> Model:
-    return Model(configured.name, tuple(_variant(configured.name, variant) for variant in configured.variants))
+    return Model(configured.name, tuple(_variant(configured, variant) for variant in configured.variants))
 
 
-def _variant(model: str, configured: settings.Variant) -> Variant:
+def _variant(model: settings.Model, configured: settings.Variant) -> Variant:
     manifest = Manifest.read(configured.manifest.parent) if configured.manifest else None
     return Variant(
-        model=model,
+        model=model.name,
         name=configured.name,
-        workers=tuple(_worker(f"{model}:{configured.name}", worker) for worker in configured.workers),
+        workers=tuple(_worker(f"{model.name}:{configured.name}", worker) for worker in configured.workers),
         quantization=configured.quantization or (manifest.quantization if manifest else None),
         context_length=manifest.context_length if manifest else None,
+        resumes=model.resume,
     )
 
 

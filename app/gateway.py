@@ -11,7 +11,8 @@ from app.catalogue import Catalogue, Variant
 from app.inference import InferenceRequest
 from app.relay.answer import Answer
 from app.relay.relay import Relay
-from app.routing import router
+from app.routing.prefix_index import Blocks
+from app.routing.router import Router
 from app.telemetry.account import Accounts
 from app.workers.registry import Registry
 
@@ -20,10 +21,17 @@ class Gateway:
     """Carries requests: resolve → rank → admit → relay. Everything a request acquires is released by its Reply."""
 
     def __init__(
-        self, catalogue: Catalogue, registry: Registry, admission: Admission, relay: Relay, accounts: Accounts
+        self,
+        catalogue: Catalogue,
+        registry: Registry,
+        router: Router,
+        admission: Admission,
+        relay: Relay,
+        accounts: Accounts,
     ) -> None:
         self._catalogue = catalogue
         self._registry = registry
+        self._router = router
         self._admission = admission
         self._relay = relay
         self._accounts = accounts
@@ -37,11 +45,18 @@ class Gateway:
             account = held.enter_context(self._accounts.open(request))
             variants = self._catalogue.resolve(request.model)
             request.resolved_model = variants[0].model
-            ranking = router.rank(self._registry.pool(variants))
-            candidates = tuple(candidate.worker_id for candidate in ranking)
+            ranking = self._router.rank(self._registry.pool(variants), request)
+            candidates = ranking.worker_ids
             lease = held.enter_context(await self._admission.admit(Ticket(request.id, request.band, candidates)))
+            self._note(lease, ranking.blocks)
             answer = held.enter_context(await self._relay.open(request, lease, candidates, account))
+            held.callback(self._note, lease, ranking.blocks)
             return Reply(answer, lease, self._registry[lease.worker_id].variant, held.pop_all())
+
+    def _note(self, lease: Lease, blocks: Blocks) -> None:
+        """Let the router know what is in the cache of the lease's worker; a lease lost on the way has no worker."""
+        if blocks and lease.worker_id:
+            self._router.sent(self._registry[lease.worker_id], blocks)
 
 
 class Reply:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -75,6 +76,13 @@ OWNED_FIELDS = frozenset({"cache_salt", "priority", "request_id", "session_id"})
 _SERVICE_TIERS = {"priority": Band.PRIORITY, "default": Band.DEFAULT, "auto": Band.DEFAULT, "flex": Band.FLEX}
 _STREAMING_ROUTES = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES})
 _USAGE_OPTION_ROUTES = frozenset({Route.CHAT, Route.COMPLETIONS})
+# What the engine's prompt is made of, in the order in which chat templates write it: tools before the conversation.
+_PROMPT_FIELDS: dict[Route, tuple[str, ...]] = {
+    Route.CHAT: ("tools", "documents", "messages"),
+    Route.COMPLETIONS: ("prompt",),
+    Route.RESPONSES: ("instructions", "tools", "input"),
+    Route.MESSAGES: ("tools", "system", "messages"),
+}
 
 _RULES = {
     Route.CHAT: parameters.CHAT,
@@ -87,6 +95,15 @@ _DEFAULT_LIMITS = Parameters()
 _encode = msgspec.json.Encoder().encode
 
 
+def cache_salt(secret: bytes, tenant: str) -> str:
+    """What keeps the prefix cache of `tenant` apart from all others': 32 hex digits, the same on every gateway.
+
+    HMAC-SHA-256, so that nobody without the secret can compute another tenant's. vLLM mixes it into the hash of a
+    prompt's first block, and so into that of every block after it.
+    """
+    return hmac.digest(secret, tenant.encode(), "sha256").hex()[:32]
+
+
 @dataclass(slots=True, kw_only=True)
 class InferenceRequest:
     """One request for a model.
@@ -94,6 +111,7 @@ class InferenceRequest:
     `fields` holds the body's top-level values as the client's own bytes: they are re-framed for the worker, never
     re-encoded, so what a client means is what the worker reads. `arrived` is monotonic time in seconds.
     `resolved_model` is the catalogue's name, empty until it is resolved: unlike `model` it is safe as a metric label.
+    `cache_salt` is the tenant's (see `cache_salt`); empty, the cache is shared with everybody whose salt is empty.
     """
 
     id: str
@@ -106,6 +124,7 @@ class InferenceRequest:
     client_wants_usage: bool
     arrived: float
     resolved_model: str = ""
+    cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
 
     @classmethod
@@ -140,10 +159,26 @@ class InferenceRequest:
         """Whether usage is asked of the worker for the gateway's own count, and its chunk kept from the client."""
         return self.stream and self.route in _USAGE_OPTION_ROUTES and not self.client_wants_usage
 
+    def prompt_start(self, limit: int) -> bytes:
+        """The first `limit` bytes of what the engine's prompt is made of, as the client wrote them.
+
+        JSON and all: a client that sends a conversation again, one turn longer, writes its beginning the same way.
+        Empty for routes whose prompts no engine caches.
+        """
+        parts = []
+        for name in _PROMPT_FIELDS.get(self.route, ()):
+            raw = self.fields.get(name)
+            if raw is not None and limit > 0:
+                parts.append(memoryview(raw)[:limit])
+                limit -= len(parts[-1])
+        return b"".join(parts)
+
     def body_for(self, served_model: str) -> bytes:
-        """The body that a worker gets: the client's fields, its own name for the model, and usage always asked for."""
+        """What a worker gets: the client's fields, its own name for the model, usage asked for, the tenant's salt."""
         fields: dict[str, Any] = {name: raw for name, raw in self.fields.items() if name not in OWNED_FIELDS}
         fields["model"] = served_model
+        if self.cache_salt:
+            fields["cache_salt"] = self.cache_salt
         if self.hides_usage:
             # continuous_usage_stats without include_usage does nothing in vLLM; it must not start to.
             fields["stream_options"] = {"include_usage": True, "continuous_usage_stats": False}

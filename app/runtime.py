@@ -13,6 +13,7 @@ from app.catalogue import Catalogue
 from app.gateway import Gateway
 from app.inference import Band
 from app.relay.relay import Relay
+from app.routing.router import Router
 from app.settings import Settings
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_log
@@ -48,9 +49,11 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     registry = Registry(catalogue, log)
     admission = LocalAdmission(settings.admission)
     registry.listen(lambda worker: admission.set_slots(worker.id, worker.address.slots if worker.is_ready else 0))
+    router = Router(settings.routing)
+    registry.listen(router.changed)
     relay = Relay(registry, settings.relay, metrics, clock)
     accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
-    gateway = Gateway(catalogue, registry, admission, relay, accounts)
+    gateway = Gateway(catalogue, registry, router, admission, relay, accounts)
     gauges = Gauges(metrics, registry, admission)
     runtime = Runtime(settings, catalogue, registry, gateway, gauges, metrics, log, started=time.time())
     try:

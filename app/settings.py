@@ -93,6 +93,7 @@ class Model(Part):
 
     name: str
     policy: Literal["balanced"] = Field("balanced", description="the least loaded worker among all listed variants")
+    resume: bool = Field(False, description="go on with a broken plain-text stream on another worker of its variant")
     variants: tuple[Variant, ...] = Field(min_length=1)
 
     @field_validator("name")
@@ -118,6 +119,26 @@ class Admission(Part):
     no_worker_timeout_s: float = Field(3, ge=0, le=60, description="longest wait while no worker is usable at all")
 
 
+class Routing(Part):
+    """Which of a pool's workers a request goes to.
+
+    `prefix`: the one that has most of the prompt cached, unless it has more than its share of the load or another is
+    much less loaded. `least_loaded` and `round_robin` do not look at prompts.
+    """
+
+    policy: Literal["prefix", "least_loaded", "round_robin"] = "prefix"
+    load_bound: float = Field(
+        1.5, ge=1, le=100, description="a worker beyond this many times the mean load is not preferred for its cache"
+    )
+    block_bytes: int = Field(
+        128, ge=16, le=65536, description="of prompt under one hash; about the worker's block_size x bytes_per_token"
+    )
+    bytes_per_token: float = Field(4.0, gt=0, le=64, description="of a prompt's JSON, on average")
+    kv_cache_tokens: int = Field(
+        65536, ge=1, description="capacity of a worker's prefix cache, for workers whose metrics don't tell"
+    )
+
+
 class Relay(Part):
     """Limits of one exchange with a worker."""
 
@@ -128,6 +149,10 @@ class Relay(Part):
     client_stall_timeout_s: float = Field(30, gt=0, le=3600, description="longest time a client may not read")
     idle_connections_per_worker: int = Field(256, ge=0, le=65536)
     keepalive_s: float = Field(4, gt=0, le=300, description="below the worker's own keep-alive, vLLM's default is 5 s")
+    resumes_per_stream: int = Field(1, ge=0, le=4, description="times that one stream of a resumable model may go on")
+    resume_max_tokens: int = Field(
+        32_768, ge=1, le=1_048_576, description="prompt and answer; longer streams are not resumed (4 bytes a token)"
+    )
 
 
 class Limits(Part):
@@ -209,6 +234,7 @@ class Settings(BaseSettings):
     auth: Auth = Auth()
     models: tuple[Model, ...] = ()
     admission: Admission = Admission()
+    routing: Routing = Routing()
     relay: Relay = Relay()
     limits: Limits = Limits()
     parameters: Parameters = Parameters()

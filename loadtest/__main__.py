@@ -1,20 +1,31 @@
-"""`python -m loadtest bench`: what the gateway costs, beside a naive relay and its peers."""
+"""`python -m loadtest`: what the gateway costs, and what its routing gains."""
 
 import asyncio
 import os
 import resource
 import signal
 import subprocess
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import uvloop
 
 from loadtest.bench import Cores, Findings, Plan, bench
+from loadtest.conversations import Workload
 from loadtest.cpu import split_cores, usable_cores
 from loadtest.peers import PEERS, bench_home, install
-from loadtest.report import circumstances, figures_table, render, verdicts
+from loadtest.prefix import PrefixPlan
+from loadtest.prefix import figures as prefix_figures
+from loadtest.prefix import measure as measure_prefix
+from loadtest.prefix import section as prefix_section
+from loadtest.prefix import versions as prefix_versions
+from loadtest.processes import ProcessError
+from loadtest.report import circumstances, figures_table, render, verdicts, with_section
 from loadtest.targets import Target, targets
+
+T = TypeVar("T")
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 BUSY = 0.5
@@ -61,10 +72,33 @@ def bench_command(
     print("\n" + figures_table(results) + "\n" + "\n".join(verdicts(results)))
     written = output or (None if quick else RESULTS)
     if written:
-        written.write_text(render(results, plan, cores, where))
-        print(f"written to {written}")
+        _write(written, render(results, plan, cores, where))
     if any(not found.values for found in results.values()):
         raise SystemExit(1)
+
+
+@main.command("prefix")
+@click.option("--rounds", type=click.IntRange(1, 10), default=3, show_default=True, help="Rounds over the policies.")
+@click.option("--conversations", type=click.IntRange(2, 40), default=8, show_default=True)
+@click.option("--kv-mib", type=click.IntRange(64, 4096), default=128, show_default=True, help="Each worker's KV cache.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
+def prefix_command(rounds: int, conversations: int, kv_mib: int, output: Path | None) -> None:
+    """Prefix-cache hits and TTFT by routing policy, on two real vLLM workers (5 GiB of memory, two cores)."""
+    plan = PrefixPlan(Workload(conversations=conversations), rounds, kv_mib=kv_mib)
+    try:
+        seen = uvloop.run(_cancelled_by_sigterm(measure_prefix(plan)))
+    except asyncio.CancelledError:
+        raise click.Abort from None
+    except ProcessError as error:
+        raise click.ClickException(str(error)) from None
+    print("\n" + prefix_figures(seen))
+    _write(output or RESULTS, prefix_section(seen, plan, prefix_versions()))
+
+
+def _write(file: Path, section: str) -> None:
+    """Put a section of the results into its place; the file's other sections stay."""
+    file.write_text(with_section(file.read_text() if file.exists() else "", section))
+    print(f"written to {file}")
 
 
 def _install_peers() -> None:
@@ -105,12 +139,17 @@ def _allow_files(count: int) -> None:
 
 
 async def _measure(chosen: list[Target], plan: Plan, cores: Cores) -> dict[str, Findings]:
-    """Run the bench on the load's cores; SIGTERM ends it as Ctrl-C does, with every process stopped."""
+    """Run the bench on the load's cores."""
+    os.sched_setaffinity(0, cores.load)
+    return await _cancelled_by_sigterm(bench(chosen, plan, cores))
+
+
+async def _cancelled_by_sigterm(work: Awaitable[T]) -> T:
+    """SIGTERM ends it as Ctrl-C does, with every process stopped."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    os.sched_setaffinity(0, cores.load)
-    return await bench(chosen, plan, cores)
+    return await work
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -41,8 +41,12 @@ def _on_cores(cores: set[int]) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def running(argv: Sequence[str], cores: set[int], log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def running(
+    argv: Sequence[str], cores: set[int], log: Path, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run `argv` in a process group of its own, its output in `log`; the whole group is gone when the block ends.
+
+    `environment` is all of its environment, None for this process' own.
 
     Raises:
         ProcessError: it cannot be started.
@@ -50,7 +54,13 @@ async def running(argv: Sequence[str], cores: set[int], log: Path) -> AsyncItera
     try:
         with log.open("wb") as output, _on_cores(cores):
             process = await asyncio.create_subprocess_exec(
-                *argv, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, cwd=ROOT, start_new_session=True
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
             )
     except OSError as error:
         raise ProcessError(f"cannot start {argv[0]}: {error}") from error

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,16 @@ def verdicts(results: Results) -> list[str]:
             verdict = "met" if ours / base <= allowed else "missed"
             lines.append(f"{figure.label} at most {allowed:.2f} × naive: {ours / base:.3f}, {verdict}")
     return lines
+
+
+def with_section(document: str, section: str) -> str:
+    """`document` with `section` in the place of its section of the same heading (the first line), or at the end."""
+    heading = section.partition("\n")[0]
+    parts = re.split(r"^(?=# )", document, flags=re.MULTILINE)
+    kept = [section if part.partition("\n")[0] == heading else part for part in parts if part.strip()]
+    if section not in kept:
+        kept.append(section)
+    return "\n".join(part.rstrip("\n") + "\n" for part in kept)
 
 
 def render(results: Results, plan: Plan, cores: Cores, where: Circumstances) -> str:

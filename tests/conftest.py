@@ -8,9 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 
 from tests.fakes.worker import FakeWorker
 from tests.processes import Valkey, free_port
+
+# The same examples every time, and no judgement of speed: a busy machine is not a bug. `make fuzz` explores.
+settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ import time
 from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
-from app.api.protocol import CONNECTION, ClientConnection
+from app.api.protocol import connection_of
 from app.api.responses import send_reply
 from app.errors import InvalidRequest
 from app.inference import Band, InferenceRequest, Outcome, Route
@@ -16,7 +16,7 @@ from app.runtime import Runtime
 from app.settings import Parameters
 from app.telemetry.account import UNRESOLVED
 
-TRACE_PARENT = re.compile(rb"[0-9a-f]{2}(?:-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})(?:-[ -~]{0,128})?")
+TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[ -~]{0,128})?")
 TRACE_STATE = re.compile(rb"[ -~]{1,512}")
 TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 
@@ -36,7 +36,7 @@ class InferenceRoutes:
             took_s = time.monotonic() - arrived
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
             raise
-        client: ClientConnection = scope[CONNECTION]
+        client = connection_of(scope)
         with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s):
             with await runtime.gateway.serve(request) as reply:
                 await send_reply(reply, send, client)

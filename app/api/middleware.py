@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import secrets
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.client import ClientGone
 from app.api.inference import InferenceRoutes
+from app.api.protocol import forget, response_of
 from app.api.refusal import send_error
 from app.errors import GatewayError, InternalError, MethodNotAllowed, RouteNotFound
 from app.telemetry.logs import Log
 
-NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
 
@@ -34,46 +34,36 @@ class RequestIds:
             return
         request_id = (self._keeps_given and _client_request_id(scope)) or secrets.token_hex(16).encode()
         scope["request_id"] = request_id.decode()
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id), NO_SNIFFING]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
+        response_of(scope).add_header(b"x-request-id", request_id)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            forget(scope)
 
 
 class Errors:
     """Below the ids, above everything that may raise: what is raised becomes an OpenAI error object, once.
 
-    After the response has started an error cannot be told any more; the connection is closed uncleanly instead.
+    After the response has begun an error cannot be told any more; the connection is closed uncleanly instead.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
-            await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive, send)
         except ClientGone:
             return
         except GatewayError as error:
-            if not started:
+            if not response_of(scope).has_begun:
                 await send_error(error, send)
         except Exception:
+            if scope["type"] != "http":
+                raise
             log: Log = scope["state"]["runtime"].log
             log.exception("internal error", request_id=scope["request_id"], path=scope["path"])
-            if not started:
+            if not response_of(scope).has_begun:
                 await send_error(InternalError("The server had an error while processing your request."), send)
 
 

@@ -13,11 +13,13 @@ timer and a handful of comparisons.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, cast
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserInvalidMethodError, HttpParserUpgrade
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.api import framing
@@ -33,6 +35,7 @@ from app.errors import (
 from app.settings import Limits
 
 CONNECTION = "sluice.connection"
+RESPONSE = "sluice.response"
 PIPELINED_REQUESTS = 128
 LINGER_S = 2.0
 PAUSED_S = 1.0
@@ -150,7 +153,6 @@ class ClientConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._disarm()
-        self.scope[CONNECTION] = self  # type: ignore[literal-required]
         self._phase = Phase.HEAD
         self._is_chunked = False
         self._begun += 1
@@ -181,6 +183,9 @@ class ClientConnection(HttpToolsProtocol):
         if len(self.pipeline) >= PIPELINED_REQUESTS:
             raise MalformedRequest(f"More than {PIPELINED_REQUESTS} requests were sent ahead of their answers.")
         super().on_headers_complete()
+        # The application is a task that has not begun yet.
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]
+        self.scope[RESPONSE] = ResponseState(self.cycle)  # type: ignore[literal-required]
         self._disarm()
         self._phase = Phase.BODY
         self._body_began = self.loop.time()
@@ -282,6 +287,7 @@ class ClientConnection(HttpToolsProtocol):
 
     def _answer(self, error: GatewayError, *, in_turn: bool) -> None:
         self.scope.setdefault("method", "GET")
+        request_id = secrets.token_hex(16).encode()
         self.cycle = cycle = RequestResponseCycle(
             scope=self.scope,
             transport=self.transport,
@@ -289,7 +295,7 @@ class ClientConnection(HttpToolsProtocol):
             logger=self.logger,
             access_logger=self.access_logger,
             access_log=False,
-            default_headers=self.server_state.default_headers,
+            default_headers=[*self.server_state.default_headers, (b"x-request-id", request_id)],
             message_event=asyncio.Event(),
             expect_100_continue=False,
             keep_alive=False,
@@ -315,6 +321,39 @@ def _refusal(error: Exception, data: bytes) -> GatewayError:
             return MalformedRequest("The request is not well-formed HTTP/1.1.")
         case _:
             return InternalError("The server had an error while processing your request.")
+
+
+class ResponseState:
+    """The response to one request, whoever writes it."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its head has been sent."""
+        return self._cycle.response_started
+
+    def add_header(self, name: bytes, value: bytes) -> None:
+        """Send this header with it, also if it is an error's or the framework's own."""
+        self._cycle.default_headers = [*self._cycle.default_headers, (name, value)]
+
+
+def connection_of(scope: Scope) -> ClientConnection:
+    connection: ClientConnection = scope[CONNECTION]
+    return connection
+
+
+def response_of(scope: Scope) -> ResponseState:
+    response: ResponseState = scope[RESPONSE]
+    return response
+
+
+def forget(scope: Scope) -> None:
+    """Let go of connection and response at the end of a request: they hold the scope, and only a collector would."""
+    del scope[CONNECTION], scope[RESPONSE]
 
 
 class EndedByClose:

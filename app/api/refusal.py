@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import GatewayError
 
@@ -23,15 +21,10 @@ async def send_error(error: GatewayError, send: Send) -> None:
 
 
 def refusing(error: GatewayError) -> ASGIApp:
-    """An application that answers whatever it is asked with `error`, under an id of its own, and counts it."""
+    """An application that answers whatever it is asked with `error`, and counts it."""
 
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"].append((b"x-request-id", secrets.token_hex(16).encode()))
-            await send(message)
-
         scope["state"]["runtime"].metrics.refused.labels(error.code).inc()
-        await send_error(error, send_with_id)
+        await send_error(error, send)
 
     return refuse

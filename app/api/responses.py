@@ -25,6 +25,8 @@ async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None
         (b"x-sluice-variant", reply.variant.name.encode()),
         (b"x-sluice-queue-ms", b"%.1f" % (reply.lease.waited_s * 1000)),
     ]
+    if answer.resume:
+        headers.append((b"x-sluice-resume", answer.resume.encode()))
     part = await answer.next()
     if not answer.is_streamed:
         headers.append((b"content-length", b"%d" % len(part)))

@@ -19,6 +19,9 @@ from app.settings import Settings
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # longer than any usual load balancer's, so that it is never us who close under its request
+# A process that is still importing answers no health check; with uvicorn's 5 s a busy machine kills every process
+# while it starts, again and again.
+START_TIMEOUT_S = 60
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -63,7 +66,9 @@ def serve(settings: Settings) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        headers=[("x-content-type-options", "nosniff")],
         timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_worker_healthcheck=START_TIMEOUT_S,
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )
     try:

@@ -26,7 +26,7 @@ class Recipe:
     `module` has a function `make(base, output, parameters, report)`: `base` is a path or a hub id as text, `output` an
     empty directory, `report` tells how far it is (`app.recipes.progress.Report`); it raises LaunchError.
     `quantization` is the scheme of the weights it writes, None for plain ones. `engines` are the builds of vLLM that
-    are known to serve the result.
+    have kernels for the result.
     """
 
     name: str

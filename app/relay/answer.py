@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -34,16 +35,18 @@ class Sink(Protocol):
 class Answer:
     """A worker's answer, from its first byte on. `next` yields it; leaving it gives the connection back.
 
-    `is_whole` tells, at the end, whether the client has got everything that the worker meant to send.
+    `is_whole` tells, at the end, whether the client has got everything that the worker meant to send. `resume` says
+    whether it would go on elsewhere if it broke, where that is wanted; else it is empty.
     """
 
-    __slots__ = ("_held", "content_type", "is_streamed", "is_whole")
+    __slots__ = ("_held", "content_type", "is_streamed", "is_whole", "resume")
 
     def __init__(self, held: ExitStack, content_type: bytes, *, is_streamed: bool) -> None:
         self._held = held
         self.content_type = content_type
         self.is_streamed = is_streamed
         self.is_whole = False
+        self.resume = ""
 
     async def next(self) -> bytes:
         """The next bytes for the client, as soon as there are any; empty at the end."""
@@ -78,11 +81,21 @@ class WholeAnswer(Answer):
         return body
 
 
+@dataclass(frozen=True, slots=True)
+class BegunStream:
+    """A worker's stream from its first byte on: what was read of it already, and what gives its connection back."""
+
+    held: ExitStack
+    connection: Connection
+    begun: bytes
+
+
 class StreamedAnswer(Answer):
     """A stream of events, relayed whole and unchanged.
 
     The one event that may be left out is the usage that only the gateway asked for. A stream that breaks ends in one
-    error event and `is_whole` stays false; no finish reason and no end marker is ever made up.
+    error event and `is_whole` stays false; no finish reason and no end marker is ever made up. `stream` is what it was
+    made of.
     """
 
     __slots__ = (
@@ -94,25 +107,26 @@ class StreamedAnswer(Answer):
         "_ended",
         "_hides_usage",
         "_splitter",
+        "stream",
     )
 
     def __init__(
-        self,
-        held: ExitStack,
-        connection: Connection,
-        begun: bytes,
-        request: InferenceRequest,
-        account: Account,
-        clock: Callable[[], float],
+        self, stream: BegunStream, request: InferenceRequest, account: Account, clock: Callable[[], float]
     ) -> None:
-        super().__init__(held, connection.headers[b"content-type"], is_streamed=True)
-        self._connection = connection
-        self._begun = begun
+        super().__init__(stream.held, stream.connection.headers[b"content-type"], is_streamed=True)
         self._dialect = dialect_of(request.route)
         self._hides_usage = request.hides_usage
-        self._splitter = EventSplitter()
         self._account = account
         self._clock = clock
+        self._follow(stream)
+
+    def _follow(self, stream: BegunStream) -> None:
+        """Take the events from `stream` from now on."""
+        self.stream = stream
+        self._held = stream.held
+        self._connection = stream.connection
+        self._begun = stream.begun
+        self._splitter = EventSplitter()
         self._ended = False
 
     async def next(self) -> bytes:

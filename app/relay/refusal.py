@@ -42,6 +42,7 @@ class AttemptFailed(Exception):
 class _Error(msgspec.Struct):
     message: str = ""
     param: str | None = None
+    code: int | str | None = None
 
 
 class _ErrorBody(msgspec.Struct):
@@ -65,6 +66,21 @@ def refusal(status: int, body: bytes, *, route: Route, model: str, retry_after: 
     if 400 <= status < 500 and status not in (401, 403) and told is not None:
         return _client_error(status, told, route)
     return AttemptFailed(Fault.BROKE, WorkerLost("The worker failed to answer.", retry_after_s=1))
+
+
+def late_status(begun: bytes) -> tuple[int, bytes] | None:
+    """The status and body of a refusal that came as the first event of a stream; None for any other beginning.
+
+    vLLM sends the head of a stream before its engine has looked at the request, so what only the engine refuses arrives
+    as 200 and `data: {"error": ...}`. The client has seen nothing yet, so it can still be told by the status.
+    """
+    if not begun.startswith(b'data: {"error"'):
+        return None
+    data = begun.partition(b"\n")[0].removeprefix(b"data: ")
+    told = _told(data)
+    if told is None or not isinstance(told.code, int) or not 400 <= told.code < 600:
+        return None
+    return told.code, data
 
 
 def _client_error(status: int, told: _Error, route: Route) -> GatewayError:

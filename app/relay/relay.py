@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from app.errors import GatewayError, UpstreamBadResponse, WorkerLost
 from app.inference import InferenceRequest, TokenUsage
-from app.relay.answer import JSON_TYPE, SSE_TYPE, Answer, StreamedAnswer, WholeAnswer
+from app.relay.answer import JSON_TYPE, SSE_TYPE, Answer, BegunStream, StreamedAnswer, WholeAnswer
 from app.relay.dialect import usage_of_answer
-from app.relay.refusal import AttemptFailed, Fault, refusal
+from app.relay.refusal import AttemptFailed, Fault, late_status, refusal
+from app.relay.resumption import open_resumable
 from app.relay.upstream import ConnectFailed, Connection, Header, Upstream
 from app.settings import Relay as Limits
 from app.telemetry.account import Account
@@ -41,11 +43,21 @@ class Relay:
 
     def __init__(self, registry: Registry, limits: Limits, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._registry = registry
+        self._limits = limits
         self._metrics = metrics
         self._clock = clock
         self._upstreams = {worker.id: Upstream(worker.address, limits) for worker in registry}
 
     async def open(
+        self, request: InferenceRequest, slot: Slot, candidates: tuple[str, ...], account: Account
+    ) -> Answer:
+        """The answer to `request`: see `attempt`, and `resumption` for streams of models that go on elsewhere."""
+        if not request.stream or not self._registry[slot.worker_id].variant.resumes:
+            return await self.attempt(request, slot, candidates, account)
+        carriers = _Carriers(self, self._registry, slot, candidates, account)
+        return await open_resumable(request, carriers, self._limits, account, self._metrics, self._clock)
+
+    async def attempt(
         self, request: InferenceRequest, slot: Slot, candidates: tuple[str, ...], account: Account
     ) -> Answer:
         """The worker's answer to `request`, from its first body byte on.
@@ -91,7 +103,7 @@ class Relay:
             account.first_byte(self._clock())
             self._registry.change(worker, transitions.succeeded(worker.condition))
             if request.stream and connection.headers[b"content-type"].startswith(SSE_TYPE):
-                return StreamedAnswer(held.pop_all(), connection, begun, request, account, self._clock)
+                return StreamedAnswer(BegunStream(held.pop_all(), connection, begun), request, account, self._clock)
             account.usage = _usage_of(begun)
             return WholeAnswer(begun)
 
@@ -100,8 +112,14 @@ class Relay:
         try:
             await connection.read_head()
             if connection.status == 200 and connection.headers.get(b"content-type", b"").startswith(SSE_TYPE):
-                return await _begun_stream(connection)
-            body = await _whole_body(connection)
+                body = await _begun_stream(connection)
+                late = late_status(body)
+                if late is None:
+                    return body
+                status, body = late
+            else:
+                body = await _whole_body(connection)
+                status = connection.status
         except UpstreamBadResponse as error:
             raise AttemptFailed(Fault.GARBAGE, error) from None
         except WorkerLost as error:
@@ -109,9 +127,9 @@ class Relay:
             raise AttemptFailed(Fault.BROKE, error) from None
         except GatewayError as error:
             raise AttemptFailed(Fault.TIMEOUT, error) from None
-        if connection.status != 200:
+        if status != 200:
             raise refusal(
-                connection.status,
+                status,
                 body,
                 route=request.route,
                 model=request.resolved_model,
@@ -128,6 +146,37 @@ class Relay:
             self._registry.change(worker, transitions.refused(condition, failure.error.message))
         elif failure.fault is not Fault.SATURATED:
             self._registry.change(worker, transitions.failed(condition, failure.error.message))
+
+
+@dataclass(slots=True)
+class _Carriers:
+    """See `resumption.Carriers`."""
+
+    relay: Relay
+    registry: Registry
+    slot: Slot
+    candidates: tuple[str, ...]
+    account: Account
+
+    @property
+    def context_length(self) -> int | None:
+        return self.registry[self.slot.worker_id].context_length
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        mine = self.registry[self.slot.worker_id]
+        return tuple(
+            worker_id
+            for worker_id in self.candidates
+            if worker_id != mine.id and self.registry[worker_id].variant is mine.variant
+        )
+
+    async def open(self, request: InferenceRequest) -> Answer:
+        return await self.relay.attempt(request, self.slot, self.candidates, self.account)
+
+    async def move(self) -> None:
+        self.candidates = self.others
+        await self.slot.move(self.candidates)
 
 
 @contextmanager

@@ -1,21 +1,41 @@
-"""Scores of a worker: pure functions to 0..1, higher is better."""
+"""Scores of a worker: pure functions to 0..1, higher is better, and what each weighs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from app.workers.worker import Worker
 
 
-def idleness(worker: Worker) -> float:
-    """The free share of its slots, by our own count or by the engine's, whichever is busier.
+def busy(worker: Worker) -> int:
+    """Requests that it carries, by our own count or by the engine's, whichever is higher.
 
     Ours is exact but blind to other gateways; the engine's is up to a probe interval old.
     """
-    busy = worker.in_flight
-    if worker.load is not None:
-        busy = max(busy, worker.load.running + worker.load.waiting)
-    return max(0.0, 1.0 - busy / worker.address.slots)
+    if worker.load is None:
+        return worker.in_flight
+    return max(worker.in_flight, worker.load.running + worker.load.waiting)
+
+
+def idleness(worker: Worker) -> float:
+    """The free share of its slots."""
+    return max(0.0, 1.0 - busy(worker) / worker.address.slots)
 
 
 SCORERS: tuple[tuple[Callable[[Worker], float], float], ...] = ((idleness, 1.0),)
+
+# What the prompt adds under the policy `prefix`: the share of it that the worker has cached, and the share that it can
+# cache without dropping other prompts. At two to one, a full cache gives a prompt away to one with room when less than
+# a third of it is in there. Preble weighs the same two costs and the load (arXiv:2407.00023).
+AFFINITY_WEIGHT = 2.0
+ROOM_WEIGHT = 1.0
+
+
+def load_limit(worker: Worker, pool_busy: int, pool_slots: int, bound: float) -> int:
+    """Requests that a worker may carry, the next one included, and still be preferred for its cache.
+
+    Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, arXiv:1608.01350): ⌈c·(m + 1)/n⌉ with m
+    requests on n workers, here in proportion to each one's slots. At least one worker is always below its limit.
+    """
+    return math.ceil(bound * (pool_busy + 1) * worker.address.slots / pool_slots)

@@ -79,16 +79,24 @@ class Account:
         return self
 
     def admitted(self, variant: str, waited_s: float) -> None:
-        """A slot was granted, on a worker of `variant`. Said again after a move to a worker of another variant."""
+        """A slot was granted, on a worker of `variant`. Said again after a move to a worker of another variant.
+
+        After the first byte this stage and the next two lie behind the request: one that goes on elsewhere passes
+        them again without it being news.
+        """
+        if self.timeline.first_byte is not None:
+            return
         self.variant = variant
         self.timeline.waited_s = waited_s
         self._series = self._metrics.series(self._request.resolved_model, variant, self._request.band)
 
     def dispatched(self, now: float) -> None:
-        self.timeline.dispatched = now
+        if self.timeline.first_byte is None:
+            self.timeline.dispatched = now
 
     def first_byte(self, now: float) -> None:
-        self.timeline.first_byte = now
+        if self.timeline.first_byte is None:
+            self.timeline.first_byte = now
 
     def token(self, now: float) -> None:
         gap = self.timeline.token(now)

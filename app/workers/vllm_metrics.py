@@ -6,27 +6,39 @@ Names as vLLM 0.32 exports them, labels `model_name` and `engine`; values of sev
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
+CACHE_CONFIG = "vllm:cache_config_info"
+
+_KV_BLOCKS = re.compile(r'[{,]num_gpu_blocks="(\d{1,12})"')
+_BLOCK_SIZE = re.compile(r'[{,]block_size="(\d{1,6})"')
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Requests in the engine and waiting inside it, and the used share (0..1) of its fullest KV cache."""
+    """Requests in the engine and waiting inside it, and the used share (0..1) of its fullest KV cache.
+
+    `kv_tokens` is the capacity of all its KV caches, 0 when it does not tell.
+    """
 
     running: int
     waiting: int
     kv_usage: float
+    kv_tokens: int = 0
 
 
 def parse_engine_load(text: str) -> EngineLoad | None:
     """The load in a Prometheus text exposition; None when it does not say how many requests run."""
     found: dict[str, list[float]] = {RUNNING: [], WAITING: [], KV_USAGE: []}
+    kv_tokens = 0
     for line in text.splitlines():
         name, brace, rest = line.partition("{")
+        if name == CACHE_CONFIG:
+            kv_tokens += _kv_tokens(line)
         if brace and name in found:
             value = _value(rest.rpartition("}")[2])
             if value is not None:
@@ -37,7 +49,13 @@ def parse_engine_load(text: str) -> EngineLoad | None:
         running=int(sum(found[RUNNING])),
         waiting=int(sum(found[WAITING])),
         kv_usage=min(max(found[KV_USAGE], default=0.0), 1.0),
+        kv_tokens=kv_tokens,
     )
+
+
+def _kv_tokens(line: str) -> int:
+    blocks, size = _KV_BLOCKS.search(line), _BLOCK_SIZE.search(line)
+    return int(blocks[1]) * int(size[1]) if blocks and size else 0
 
 
 def _value(text: str) -> float | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import httpx
 
@@ -28,21 +30,49 @@ def _required(path: Path, what: str) -> Path:
     return path
 
 
+@dataclass(frozen=True, slots=True)
+class RealWorker:
+    """A vLLM that starts, or runs."""
+
+    process: Process
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def proven(self) -> Self:
+        """Itself, once it has generated a token. Raises TimeoutError or RuntimeError with vLLM's latest output."""
+        self.process.wait_for_line("Application startup complete", START_TIMEOUT_S)
+        # Only a generated token proves the engine: /health and start-up succeed without one.
+        answer = httpx.post(f"{self.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60)
+        answer.raise_for_status()
+        return self
+
+
+@contextmanager
+def started_worker(served_model: str, *, core: int | None = None, dtype: str | None = None) -> Iterator[RealWorker]:
+    """Start the dense variant, on one core if it is named, and end it at last. Raises MissingEnvironment."""
+    home, machine = Home.at(None, os.environ), inspect_machine()
+    python = _required(home.environment("worker-cpu") / "bin" / "python", "vLLM's environment")
+    checkpoint = _required(home.checkpoint(MODEL, VARIANT), "a checkpoint")
+    options = WorkerOptions(
+        checkpoint=str(checkpoint),
+        served_model=served_model,
+        port=free_port(),
+        cores=() if core is None else (core,),
+        extra=() if dtype is None else ("--dtype", dtype),
+    )
+    environment = worker_environment(python, options, Engine.CPU, machine, os.environ)
+    with Process(worker_arguments(python, options, Engine.CPU, machine), environment) as process:
+        yield RealWorker(process, options.port)
+
+
 @contextmanager
 def real_worker(served_model: str) -> Iterator[str]:
     """Run the dense variant and yield its URL once it has generated a token.
 
     Raises MissingEnvironment, TimeoutError or RuntimeError with vLLM's latest output.
     """
-    home, machine = Home.at(None, os.environ), inspect_machine()
-    python = _required(home.environment("worker-cpu") / "bin" / "python", "vLLM's environment")
-    checkpoint = _required(home.checkpoint(MODEL, VARIANT), "a checkpoint")
-    options = WorkerOptions(checkpoint=str(checkpoint), served_model=served_model, port=free_port())
-    environment = worker_environment(python, options, Engine.CPU, machine, os.environ)
-    with Process(worker_arguments(python, options, Engine.CPU, machine), environment) as process:
-        process.wait_for_line("Application startup complete", START_TIMEOUT_S)
-        url = f"http://127.0.0.1:{options.port}"
-        # Only a generated token proves the engine: /health and start-up succeed without one.
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60)
-        answer.raise_for_status()
-        yield url
+    with started_worker(served_model) as worker:
+        yield worker.proven().url

@@ -15,6 +15,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.inference import InferenceRequest, Route, cache_salt
+from app.relay.dialect import usage_of_answer
 from tests.contract.structure import runs, structure
 from tests.fakes.reading import DONE, events
 
@@ -162,6 +164,33 @@ async def test_usage_tells_cached_tokens_of_a_repeated_prompt(client: httpx.Asyn
     assert cached > 0
     assert cached % 32 == 0
     assert usage["completion_tokens_details"] is None
+
+
+@pytest.mark.parametrize("route", [Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES])
+async def test_tenants_share_no_cache(client: httpx.AsyncClient, route: Route) -> None:
+    asked = f"What is the question that only the tenants of {route.name} ask? " * 8
+    prompts: dict[Route, dict[str, Any]] = {
+        Route.COMPLETIONS: {"prompt": asked},
+        Route.RESPONSES: {"input": asked, "max_output_tokens": 1},
+    }
+    body: dict[str, Any] = {
+        "model": "any",
+        "max_tokens": 1,
+        **prompts.get(route, {"messages": [{"role": "user", "content": asked}]}),
+    }
+
+    async def cached(tenant: str) -> int:
+        request = InferenceRequest.parse(json.dumps(body).encode(), request_id="r", route=route, arrived=0.0)
+        # A tenant of this route alone: what templates write before the question is the same on several routes.
+        request.cache_salt = cache_salt(b"secret", f"{tenant} {route}")
+        answer = await client.post(route, content=request.body_for("m"), headers={"content-type": "application/json"})
+        usage = usage_of_answer(answer.raise_for_status().content)
+        assert usage is not None
+        return usage.cached_tokens
+
+    found = [await cached(tenant) for tenant in ("one", "one", "two", "three", "two")]
+    assert (found[0], found[2], found[3]) == (0, 0, 0)
+    assert 0 < found[1] == found[4]
 
 
 async def test_a_given_request_id_names_the_answer(client: httpx.AsyncClient) -> None:

@@ -48,9 +48,12 @@ class PrefixCache:
         self.queries = 0
         self.hits = 0
 
-    def admit(self, tokens: Sequence[int]) -> int:
-        """Count a prompt and remember its blocks. Returns the tokens found; the last token is always computed."""
-        found, still_found, key = 0, True, 0
+    def admit(self, tokens: Sequence[int], salt: str | None = None) -> int:
+        """Count a prompt and remember its blocks. Returns the tokens found; the last token is always computed.
+
+        Prompts under different salts have no block in common.
+        """
+        found, still_found, key = 0, True, hash(salt)
         for end in range(self.block_size, len(tokens) + 1, self.block_size):
             key = hash((key, *tokens[end - self.block_size : end]))
             still_found = still_found and key in self._blocks and end < len(tokens)

@@ -1,8 +1,8 @@
 """The faults a fake worker can be told to have, by name.
 
 A fault is written `name` or `name:argument`; several are joined by `+`, as in `slow:10+no_done`. It is chosen by
-the request's extra field `x_fault`, else by a model name `<model>!<fault>`, else for the whole worker
-(`FakeWorker.inject`).
+the request's extra field `x_fault`, else by that name in its `metadata` (a field that vLLM knows, and ignores), else by
+a model name `<model>!<fault>`, else for the whole worker (`FakeWorker.inject`).
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
   that a lost, doubled or foreign token is visible.
 - Otherwise it is the last user message word by word, then the end token; with `ignore_eos` or `min_tokens` the message
   is repeated until the limit is reached.
+- A completion of token ids goes on with the answer that they end in: a prompt and the first k tokens of what it was
+  answered with are answered with the rest. (Given as text, a prompt is never taken for that.)
 - Structured output and tool calls are a small valid example of the schema.
 """
 
@@ -11,9 +13,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice
 from typing import Any
 
 from tests.fakes.parsing import Job, json_schema
@@ -93,9 +95,28 @@ def _words(job: Job, prompt: int, rotation: int) -> list[str]:
         return pieces(json.dumps(example(schema), ensure_ascii=False))
     if wanted.get("type") == "json_object":
         return pieces(json.dumps({"answer": job.user_text}, ensure_ascii=False))
-    text = "".join(job.prompts[prompt]).strip() if job.kind == "completion" else job.user_text
-    words = pieces(text)
+    if job.kind == "completion" and not isinstance(job.body["prompt"][0], str):
+        words = _rest(job.prompts[prompt])
+    elif job.kind == "completion":
+        words = pieces("".join(job.prompts[prompt]).strip())
+    else:
+        words = pieces(job.user_text)
     return words[rotation % len(words) :] + words[: rotation % len(words)] if words else []
+
+
+def _rest(prompt: Sequence[str]) -> list[str]:
+    """What is left of the answer that begins inside `prompt`: all of it where none has begun."""
+    opening = ["<|im_start|>", "assistant", "\n"]
+    for at in range(len(prompt) - len(opening), -1, -1):
+        if list(prompt[at : at + len(opening)]) == opening:
+            return pieces(_last_user_text(prompt[:at]))[len(prompt) - at - len(opening) :]
+    whole = next(size for size in range(1, len(prompt) + 1) if prompt[size:] == prompt[: len(prompt) - size])
+    return pieces("".join(prompt[:whole]).strip())[len(prompt) - whole :]
+
+
+def _last_user_text(prompt: Sequence[str]) -> str:
+    begin = max(at for at in range(len(prompt)) if list(prompt[at : at + 2]) == ["<|im_start|>", "user"])
+    return "".join(prompt[begin + 3 : prompt.index(END_OF_TEXT, begin)])
 
 
 def _stopped(job: Job, index: int, prompt: int, tokens: list[Token], reason: str) -> Choice:
@@ -104,18 +125,25 @@ def _stopped(job: Job, index: int, prompt: int, tokens: list[Token], reason: str
     stops = [stops] if isinstance(stops, str) else stops
     text = "".join(token.text for token in tokens)
     found = min(((text.find(stop), stop) for stop in stops if stop in text), default=None)
+    held = max(map(len, stops), default=1) - 1
     if found is None:
-        return Choice(index, prompt, tuple(tokens), text, reason)
+        return Choice(index, prompt, _held_back(tokens, len(text), held), text, reason)
     at, stop = found
-    kept: list[Token] = []
-    seen = 0
-    for token in tokens:
-        visible = token.text[: max(0, at - seen)]
-        kept.append(Token(token.piece, visible, "text" if visible else "nothing"))
+    seen = [*accumulate(len(token.text) for token in tokens)]
+    kept = 1 + next(number for number, end in enumerate(seen) if end >= at + len(stop))
+    return Choice(index, prompt, _held_back(tokens[:kept], at, held), text[:at], "stop", stop)
+
+
+def _held_back(tokens: Sequence[Token], until: int, held: int) -> tuple[Token, ...]:
+    """What each token sets free of the text up to `until`: all but `held` characters, which may begin a stop string."""
+    text = "".join(token.text for token in tokens)
+    shown, seen, out = 0, 0, list[Token]()
+    for number, token in enumerate(tokens, start=1):
         seen += len(token.text)
-        if seen >= at + len(stop):
-            break
-    return Choice(index, prompt, tuple(kept), text[:at], "stop", stop)
+        end = until if number == len(tokens) else max(shown, min(until, seen - held))
+        out.append(Token(token.piece, text[shown:end], "text" if end > shown else "nothing"))
+        shown = end
+    return tuple(out)
 
 
 def _tool_call(job: Job) -> ToolCall | None:

@@ -104,7 +104,9 @@ class Inference:
         """The body, and the faults that it, its model's name or the worker asks for. Raises Refusal."""
         standing = self._state.use_faults()
         body = read_json(exchange.request.body, exchange.request.header("content-type"))
-        wanted = body.get("x_fault") or str(body.get("model") or self._state.model).partition("!")[2]
+        noted = body.get("metadata") if isinstance(body.get("metadata"), dict) else {}
+        wanted = body.get("x_fault") or (noted or {}).get("x_fault")
+        wanted = wanted or str(body.get("model") or self._state.model).partition("!")[2]
         if QUERY_OF_DEATH.encode() in exchange.request.body:
             wanted = QUERY_OF_DEATH
         try:
@@ -192,7 +194,7 @@ class Inference:
             identity=_ID_PREFIX[job.kind] + (given or secrets.token_hex(8)),
             created=int(time.time()),
             model=state.model,
-            cached=sum(state.engine.cache.admit(prompt) for prompt in job.prompt_ids),
+            cached=sum(state.engine.cache.admit(prompt, job.body.get("cache_salt")) for prompt in job.prompt_ids),
             block_size=BLOCK_SIZE,
             prompt_tokens_details=state.options.prompt_tokens_details,
             vocabulary=state.vocabulary,

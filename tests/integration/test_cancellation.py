@@ -17,6 +17,7 @@ from app.catalogue import Catalogue
 from app.gateway import Gateway
 from app.inference import Band, InferenceRequest, Outcome, Route
 from app.relay.relay import Relay
+from app.routing.router import Router
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import open_log
 from app.telemetry.metrics import Metrics
@@ -78,7 +79,9 @@ class House:
         self.registry.change(self.known, transitions.proven(self.known.condition))
         self.relay = Relay(self.registry, settings.Relay(), metrics, time.monotonic)
         accounts = Accounts(metrics, RequestsLog(log, "none"), time.monotonic)
-        self.gateway = Gateway(catalogue, self.registry, self.admission, self.relay, accounts)
+        self.gateway = Gateway(
+            catalogue, self.registry, Router(settings.Routing()), self.admission, self.relay, accounts
+        )
 
     def ended(self) -> int:
         """Requests that were counted, whatever their outcome."""

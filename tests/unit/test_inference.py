@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.errors import GatewayError, InvalidJson, InvalidValue, UnsupportedParameter
-from app.inference import REFUSED_FIELDS, Band, InferenceRequest, Route
+from app.inference import REFUSED_FIELDS, Band, InferenceRequest, Route, cache_salt
 
 
 def parse(body: bytes | dict[str, Any], route: Route = Route.CHAT) -> InferenceRequest:
@@ -103,3 +103,42 @@ def test_what_cannot_be_read(body: bytes, error: type[GatewayError], param: str 
 
 def test_null_means_absent() -> None:
     assert parse({"model": "m", "stream": None, "service_tier": None, "stream_options": None}).band is Band.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "start"),
+    [
+        (Route.CHAT, b'{"messages": [1, 2], "n": 1, "tools": ["t"], "model": "m"}', b'["t"][1, 2]'),
+        (Route.CHAT, b'{"model": "m", "messages": null}', b"null"),
+        (Route.CHAT, b'{"model": "m"}', b""),
+        (Route.COMPLETIONS, b'{"model": "m", "prompt": [5, 6]}', b"[5, 6]"),
+        (Route.RESPONSES, b'{"model": "m", "input": "hi", "instructions": "be"}', b'"be""hi"'),
+        (Route.MESSAGES, b'{"model": "m", "messages": [], "system": "be", "tools": []}', b'[]"be"[]'),
+        (Route.EMBEDDINGS, b'{"model": "m", "input": "hi", "messages": []}', b""),
+    ],
+)
+def test_a_prompt_starts_with_what_templates_write_first(route: Route, body: bytes, start: bytes) -> None:
+    request = parse(body, route)
+    assert request.prompt_start(1_000) == start
+    for limit in range(len(start)):
+        assert request.prompt_start(limit) == start[:limit]
+
+
+def test_a_conversation_starts_as_it_did_a_turn_ago() -> None:
+    turns = [{"role": "user", "content": "caf\u00e9"}, {"role": "assistant", "content": "x"}]
+    before, after = (parse({"model": "m", "messages": turns[:count]}).prompt_start(1_000) for count in (1, 2))
+    assert after.startswith(before.removesuffix(b"]"))
+
+
+def test_the_salt_is_the_tenants_and_never_the_clients() -> None:
+    request = parse({"model": "m", "cache_salt": "theirs"})
+    request.cache_salt = cache_salt(b"secret", "acme")
+    assert sent(request) == {"model": "served", "cache_salt": request.cache_salt}
+
+
+def test_a_salt_is_stable_short_plain_and_differs_by_tenant_and_by_secret() -> None:
+    # HMAC-SHA-256 with the key "key", its well-known example value.
+    assert cache_salt(b"key", "The quick brown fox jumps over the lazy dog") == "f7bc83f430538424b13298e6aa6fb143"
+    salts = {cache_salt(secret, tenant) for secret in (b"one", b"two") for tenant in ("a", "b", "ä", "")}
+    assert len(salts) == 8
+    assert all(len(salt) == 32 and salt.isalnum() for salt in salts)

@@ -12,6 +12,11 @@ import pytest_asyncio
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.running import GatewayProcess, model
 
+ROOMY: dict[str, Any] = {
+    "limits": {"body_bytes": 1024 * 1024, "keep_request_ids": True},
+    "admission": {"queue_limit": 40},
+}
+
 
 class House:
     """A gateway and the workers behind it, each model with workers of its own.
@@ -51,9 +56,7 @@ async def _shared_house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
             model("score", house.score),
         ]
         house.gateway = await stack.enter_async_context(
-            GatewayProcess(
-                tmp_path_factory.mktemp("house"), models, limits={"body_bytes": 1024 * 1024, "keep_request_ids": True}
-            )
+            GatewayProcess(tmp_path_factory.mktemp("house"), models, **ROOMY)
         )
         yield house
 
@@ -76,7 +79,7 @@ def gateway(house: House) -> GatewayProcess:
 
 class ShortTempered:
     """A gateway whose every limit is short, so that tests reach them: `m` has one worker, `pair` two, `narrow` one
-    with a single slot and room for two to wait.
+    with a single slot.
     """
 
     def __init__(self) -> None:
@@ -91,10 +94,10 @@ class ShortTempered:
 
 
 SHORT: dict[str, Any] = {
-    "admission": {"queue_limit": 2, "queue_timeout_s": 0.4, "no_worker_timeout_s": 0.4},
-    "relay": {"first_byte_timeout_s": 0.6, "gap_timeout_s": 0.4, "keepalive_s": 0.3, "client_stall_timeout_s": 0.6},
+    "admission": {"queue_timeout_s": 0.3, "no_worker_timeout_s": 0.3},
+    "relay": {"first_byte_timeout_s": 1.5, "gap_timeout_s": 0.4, "keepalive_s": 0.3, "client_stall_timeout_s": 0.6},
     "limits": {"body_bytes": 65536, "body_timeout_s": 0.4, "keep_request_ids": True},
-    "health": {"probe_interval_s": 0.1, "canary_timeout_s": 0.3, "probe_misses": 2},
+    "health": {"probe_interval_s": 0.1, "canary_timeout_s": 0.5, "probe_misses": 2},
 }
 
 

@@ -132,7 +132,7 @@ async def test_no_label_comes_from_a_client(house: House) -> None:
     assert "canary-7f3a" not in answer.text
     scrape = Scrape(answer.text)
     assert scrape.sum("sluice_requests_total", outcome="rejected", code="model_not_found") >= 1
-    names = {sample.labels["model"] for sample in scrape.samples if "model" in sample.labels}
+    names = {sample.labels["model"] for sample in scrape.samples() if "model" in sample.labels}
     assert names <= {"", "m", "metered", "narrow", "strict", "pair", "embed", "score"}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
-from tests.integration.gateway.conftest import SHORT, House, ShortTempered
+from tests.integration.gateway.conftest import ROOMY, SHORT, House, ShortTempered
 from tests.integration.gateway.running import GatewayProcess
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -73,18 +73,17 @@ async def test_the_highest_band_goes_first_and_within_it_who_came_first(house: H
     assert await order_of(house.narrow, 5) == ["holder", "urgent", "first", "second", "flex"]
 
 
-async def test_a_full_queue_says_so_at_once(short: ShortTempered) -> None:
-    short.narrow.hold()
-    holder = asking(short.gateway, "narrow", stream=True)
-    await short.narrow.wait_for(open=1)
-    waiting = [asking(short.gateway, "narrow") for _ in range(SHORT["admission"]["queue_limit"])]
-    await short.gateway.metric("sluice_queue_depth", 2)
-    answer = await asking(short.gateway, "narrow")
+async def test_a_full_queue_says_so_at_once(house: House) -> None:
+    limit = ROOMY["admission"]["queue_limit"]
+    house.narrow.hold()
+    asked = [asking(house.gateway, "narrow", nonce=f"n{n}", max_tokens=1) for n in range(limit + 1)]
+    await house.gateway.metric("sluice_queue_depth", limit, timeout_s=5)
+    answer = await asking(house.gateway, "narrow")
     assert answer.status_code == 503
     assert (answer.json()["error"]["code"], answer.json()["error"]["type"]) == ("overloaded", "server_error")
     assert 1 <= int(answer.headers["retry-after"]) <= 60
-    short.narrow.resume()
-    assert [answer.status_code for answer in await asyncio.gather(holder, *waiting)] == [200] * 3
+    house.narrow.resume()
+    assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * (limit + 1)
 
 
 async def test_who_waited_too_long_is_told(short: ShortTempered) -> None:
@@ -92,6 +91,7 @@ async def test_who_waited_too_long_is_told(short: ShortTempered) -> None:
     holder = asking(short.gateway, "narrow")
     await short.narrow.wait_for(open=1)
     seen = short.narrow.counts.seen
+    expired = (await short.gateway.scrape()).sum("sluice_requests_total", outcome="expired")
     begun = time.monotonic()
     answer = await asking(short.gateway, "narrow")
     assert time.monotonic() - begun >= SHORT["admission"]["queue_timeout_s"]
@@ -100,4 +100,4 @@ async def test_who_waited_too_long_is_told(short: ShortTempered) -> None:
     short.narrow.resume()
     await holder
     assert short.narrow.counts.seen == seen
-    await short.gateway.metric("sluice_requests_total", 1, outcome="expired", code="queue_timeout")
+    await short.gateway.metric("sluice_requests_total", expired + 1, outcome="expired", code="queue_timeout")

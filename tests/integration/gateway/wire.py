@@ -53,9 +53,9 @@ class Wire:
         """Everything up to and with `mark`."""
         return await asyncio.wait_for(self._reader.readuntil(mark), READ_TIMEOUT_S)
 
-    async def rest(self) -> bytes:
+    async def rest(self, timeout_s: float = READ_TIMEOUT_S) -> bytes:
         """Everything up to the peer's close. Raises ConnectionResetError when that was a reset."""
-        return await asyncio.wait_for(self._reader.read(-1), READ_TIMEOUT_S)
+        return await asyncio.wait_for(self._reader.read(-1), timeout_s)
 
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of one answer that declares its length."""

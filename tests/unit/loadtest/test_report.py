@@ -2,7 +2,7 @@ import pytest
 
 from loadtest.bench import Findings
 from loadtest.figures import Figure
-from loadtest.report import cell, figures_table, ratio_table, verdicts
+from loadtest.report import cell, figures_table, ratio_table, verdicts, with_section
 
 
 def findings(**values: float) -> Findings:
@@ -53,3 +53,10 @@ def test_verdicts_judge_the_ratio_and_not_its_rounding(
 
 def test_no_verdict_without_both() -> None:
     assert all(line.endswith("not measured") for line in verdicts({"naive": findings(CPU_CHUNK=1.0)}))
+
+
+def test_a_section_takes_the_place_of_the_one_with_its_heading_and_the_others_stay() -> None:
+    document = with_section(with_section("", "# One\nfirst\n## Notes\nmore # of it\n"), "# Two\nsecond\n")
+    assert document == "# One\nfirst\n## Notes\nmore # of it\n\n# Two\nsecond\n"
+    assert with_section(document, "# Two\nsecond\n") == document
+    assert with_section(document, "# One\nnew\n") == "# One\nnew\n\n# Two\nsecond\n"

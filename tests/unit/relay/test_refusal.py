@@ -8,7 +8,7 @@ import pytest
 
 from app.errors import ContextLengthExceeded, GatewayError, RouteNotFound, WorkerRefused
 from app.inference import Route
-from app.relay.refusal import AttemptFailed, Fault, refusal
+from app.relay.refusal import AttemptFailed, Fault, late_status, refusal
 
 WIRE = Path(__file__).parents[2] / "wire"
 
@@ -64,3 +64,27 @@ def test_a_saturated_worker_says_when_within_reason(header: bytes | None, second
     error = refusal(503, b"", route=Route.CHAT, model="m", retry_after=header)
     assert isinstance(error, AttemptFailed)
     assert error.error.retry_after_s == seconds
+
+
+def test_a_refusal_that_comes_as_the_first_event_still_has_its_status() -> None:
+    event = b'data: {"error":{"message":"no","type":"BadRequestError","param":null,"code":400}}'
+    late = late_status(event + b"\n\ndata: [DONE]\n\n")
+    assert late is not None
+    status, body = late
+    error = refusal(status, body, route=Route.CHAT, model="m", retry_after=None)
+    assert isinstance(error, WorkerRefused)
+    assert (error.status, error.message) == (400, "no")
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b'data: {"id":"x","choices":[]}\n\n',
+        b'data: {"error": 7}\n\n',
+        b'data: {"error":{"code":"x"}}\n\n',
+        b": comment\n\n",
+        b"data: {",
+    ],
+)
+def test_any_other_beginning_is_relayed(begun: bytes) -> None:
+    assert late_status(begun) is None

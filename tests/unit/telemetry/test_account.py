@@ -148,3 +148,20 @@ def test_one_token_has_no_time_per_output_token() -> None:
     line = Timeline(0.0)
     line.token(1.0)
     assert line.time_per_output_token(2.0, completion_tokens=1) is None
+
+
+def test_going_on_on_another_worker_is_no_new_beginning(desk: Desk) -> None:
+    with desk.accounts.open(desk.request()) as account:
+        account.admitted("v", waited_s=0.5)
+        account.dispatched(100.6)
+        account.first_byte(101.0)
+        account.token(101.5)
+        account.admitted("v", waited_s=3.5)
+        account.dispatched(104.0)
+        account.first_byte(104.5)
+        account.token(105.0)
+    assert desk.value("queue_wait_seconds_sum", **LABELS) == pytest.approx(0.5)
+    assert desk.value("gateway_overhead_seconds_sum", **LABELS) == pytest.approx(0.1)
+    assert desk.value("upstream_first_byte_seconds_sum", **LABELS) == pytest.approx(0.4)
+    assert desk.value("time_to_first_token_seconds_sum", **LABELS) == pytest.approx(1.5)
+    assert desk.value("inter_token_latency_seconds_sum", **LABELS) == pytest.approx(3.5)

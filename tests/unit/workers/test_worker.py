@@ -69,7 +69,7 @@ def test_a_refused_connection_loses_it_at_once() -> None:
 
 def test_the_load_in_a_real_metrics_page() -> None:
     page = (Path(__file__).parents[2] / "wire" / "get_metrics.http").read_text(errors="replace")
-    assert parse_engine_load(page) == EngineLoad(running=0, waiting=0, kv_usage=0.0)
+    assert parse_engine_load(page) == EngineLoad(running=0, waiting=0, kv_usage=0.0, kv_tokens=182 * 32)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,18 @@ def test_the_load_in_a_real_metrics_page() -> None:
     [
         ('vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_running{engine="1"} 2\n', EngineLoad(5, 0, 0)),
         ('vllm:num_requests_running{a="}"} 1\nvllm:kv_cache_usage_perc{} 7.5\n', EngineLoad(1, 0, 1.0)),
+        (
+            (
+                "vllm:num_requests_running{} 1\n"
+                'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0\n'
+                'vllm:cache_config_info{num_gpu_blocks="50",hash_block_size="9",block_size="16"} 1.0\n'
+            ),
+            EngineLoad(1, 0, 0.0, kv_tokens=150 * 16),
+        ),
+        (
+            'vllm:num_requests_running{} 1\nvllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0\n',
+            EngineLoad(1, 0, 0.0),
+        ),
         ("vllm:num_requests_running{} NaN\n", None),
         ("vllm:num_requests_running{} -1\n", None),
         ("vllm:num_requests_running{}\n", None),
