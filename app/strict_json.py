@@ -20,7 +20,7 @@ KEYS_PER_OBJECT = 256
 CONTAINERS = 65_536
 STRINGS = 131_072
 ITEMS = 1_048_576
-COUNTED_FROM_BYTES = 1024 * 1024
+COUNTED_FROM_BYTES = 2 * 1024 * 1024
 EXPLAINED_BYTES = 1024 * 1024
 
 # These hold objects whose keys a client invents: schemas, and one entry for each token.

@@ -108,7 +108,11 @@ def test_null_means_absent() -> None:
 @pytest.mark.parametrize(
     ("route", "body", "start"),
     [
-        (Route.CHAT, b'{"messages": [{"role":"user"}], "n": 1, "tools": ["t"], "model": "m"}', b'["t"][{"role":"user"}]'),
+        (
+            Route.CHAT,
+            b'{"messages": [{"role":"user"}], "n": 1, "tools": ["t"], "model": "m"}',
+            b'["t"][{"role":"user"}]',
+        ),
         (Route.CHAT, b'{"model": "m", "messages": null}', b"null"),
         (Route.CHAT, b'{"model": "m"}', b""),
         (Route.COMPLETIONS, b'{"model": "m", "prompt": [5, 6]}', b"[5, 6]"),

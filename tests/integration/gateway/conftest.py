@@ -13,7 +13,7 @@ from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.running import GatewayProcess, model
 
 ROOMY: dict[str, Any] = {
-    "limits": {"body_bytes": 1024 * 1024, "keep_request_ids": True},
+    "limits": {"body_bytes": 1024 * 1024},
     "admission": {"queue_limit": 40},
 }
 
@@ -96,7 +96,7 @@ class ShortTempered:
 SHORT: dict[str, Any] = {
     "admission": {"queue_timeout_s": 0.3, "no_worker_timeout_s": 0.3},
     "relay": {"first_byte_timeout_s": 1.5, "gap_timeout_s": 0.4, "keepalive_s": 0.3, "client_stall_timeout_s": 0.6},
-    "limits": {"body_bytes": 65536, "body_timeout_s": 0.4, "keep_request_ids": True},
+    "limits": {"body_bytes": 65536, "body_timeout_s": 0.4},
     "health": {"probe_interval_s": 0.1, "canary_timeout_s": 0.5, "probe_misses": 2},
 }
 
