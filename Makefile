@@ -12,6 +12,9 @@ EXAMPLES ?= 20000
 TORCH   ?= --torch-backend cpu
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
 
+# Tests wait more than they compute, so a few run side by side; real workers take the whole machine, one after another.
+PYTEST := $(BIN)/python -m pytest -q
+
 # What the real-worker tests serve; the first run makes it.
 TESTED := --prepare-only --variants dense,w8a8
 
@@ -35,7 +38,7 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 	@touch $@
 
 check: lint  ## Everything that needs no real worker: linters, types, imports, tests (under 2 minutes)
-	$(BIN)/python -m pytest -q -m "not vllm"
+	$(PYTEST) -n 3 -m "not vllm and not slow"
 
 lint: install
 	$(BIN)/ruff check
@@ -45,7 +48,8 @@ lint: install
 
 test: lint  ## Everything, also with real vLLM workers (prepares their environment and the default model first)
 	$(BIN)/python -m app up $(TESTED)
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -n 3 -m "not vllm"
+	$(PYTEST) -m vllm
 
 fuzz: install  ## Throw much more at the gateway than the tests do (half an hour; EXAMPLES=… for more or less)
 	SLUICE_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/hostile/test_fuzz.py tests/hostile/test_openapi_fuzz.py --timeout 0

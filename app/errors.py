@@ -17,6 +17,7 @@
         ├── RequestTooLarge         413 request_too_large
         ├── UriTooLong              414 uri_too_long
         ├── UnsupportedMediaType    415 unsupported_media_type
+        ├── TenantQueueFull         429 tenant_queue_full
         ├── ExpectationFailed       417 expectation_failed
         ├── HeadersTooLarge         431 headers_too_large
         ├── InternalError           500 internal_error
@@ -26,6 +27,7 @@
         ├── QueueTimeout            503 queue_timeout
         ├── NoHealthyWorker         503 no_healthy_worker
         ├── Draining                503 draining
+        ├── DependencyUnavailable   503 dependency_unavailable
         ├── UpstreamTimeout         504 upstream_timeout
         └── UpstreamStalled         504 upstream_stalled
 
@@ -189,6 +191,14 @@ class HeadersTooLarge(InvalidRequest):
     code = "headers_too_large"
 
 
+class TenantQueueFull(GatewayError):
+    """The tenant's own share of the queue is full; others are not affected."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "tenant_queue_full"
+
+
 class InternalError(GatewayError):
     """A bug of ours. The client learns the request id and nothing else."""
 
@@ -230,6 +240,12 @@ class NoHealthyWorker(Unavailable):
 
 class Draining(Unavailable):
     code = "draining"
+
+
+class DependencyUnavailable(Unavailable):
+    """Redis is out of reach, and the configuration says to serve nothing without it."""
+
+    code = "dependency_unavailable"
 
 
 class UpstreamTimeout(GatewayError):

@@ -47,7 +47,8 @@ class Gateway:
             request.resolved_model = variants[0].model
             ranking = self._router.rank(self._registry.pool(variants), request)
             candidates = ranking.worker_ids
-            lease = held.enter_context(await self._admission.admit(Ticket(request.id, request.band, candidates)))
+            lease = await self._admission.admit(Ticket.of(request, candidates))
+            held.callback(lambda: lease.release(account.usage))
             self._note(lease, ranking.blocks)
             answer = held.enter_context(await self._relay.open(request, lease, candidates, account))
             held.callback(self._note, lease, ranking.blocks)

@@ -110,7 +110,8 @@ class InferenceRequest:
 
     `fields` holds the body's top-level values as the client's own bytes: they are re-framed for the worker, never
     re-encoded, so what a client means is what the worker reads. `arrived` is monotonic time in seconds.
-    `resolved_model` is the catalogue's name, empty until it is resolved: unlike `model` it is safe as a metric label.
+    `deadline` is when the client stops waiting for a first byte, monotonic too. `max_tokens` is what it asked for at
+    most. `resolved_model` is the catalogue's name, empty until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's (see `cache_salt`); empty, the cache is shared with everybody whose salt is empty.
     """
 
@@ -124,6 +125,10 @@ class InferenceRequest:
     client_wants_usage: bool
     arrived: float
     resolved_model: str = ""
+    max_tokens: int | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    deadline: float = float("inf")
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
 
@@ -152,6 +157,7 @@ class InferenceRequest:
             prompt_bytes=len(body),
             client_wants_usage=stream and _wants_usage(values),
             arrived=arrived,
+            max_tokens=_max_tokens(values),
         )
 
     @property
@@ -210,3 +216,12 @@ def _band(values: Mapping[str, Any]) -> Band:
         return _SERVICE_TIERS["auto" if tier is None else tier]
     except (KeyError, TypeError):
         raise InvalidValue("Invalid value for 'service_tier'.", param="service_tier") from None
+
+
+def _max_tokens(values: Mapping[str, Any]) -> int | None:
+    """A hint for the order of the queue."""
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+        value = values.get(name)
+        if type(value) is int:
+            return max(1, value)
+    return None

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from app.admission.controller import RedisAdmission
 from app.admission.local import LocalAdmission
+from app.admission.roster import QueuedAdmission
 from app.catalogue import Catalogue
 from app.gateway import Gateway
 from app.inference import Band
@@ -33,6 +35,7 @@ class Runtime:
     catalogue: Catalogue
     registry: Registry
     gateway: Gateway
+    admission: QueuedAdmission
     gauges: Gauges
     metrics: Metrics
     log: Log
@@ -47,7 +50,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     metrics = open_metrics()
     catalogue = Catalogue.of(settings.models)
     registry = Registry(catalogue, log)
-    admission = LocalAdmission(settings.admission)
+    admission = _admission(settings, metrics, log)
     registry.listen(lambda worker: admission.set_slots(worker.id, worker.address.slots if worker.is_ready else 0))
     router = Router(settings.routing)
     registry.listen(router.changed)
@@ -55,26 +58,35 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
     gateway = Gateway(catalogue, registry, router, admission, relay, accounts)
     gauges = Gauges(metrics, registry, admission)
-    runtime = Runtime(settings, catalogue, registry, gateway, gauges, metrics, log, started=time.time())
+    runtime = Runtime(settings, catalogue, registry, gateway, admission, gauges, metrics, log, started=time.time())
     try:
-        async with Monitor(registry, settings.health).running(), gauges.refreshed():
+        async with admission.running(), Monitor(registry, settings.health).running(), gauges.refreshed():
             yield runtime
     finally:
         relay.close()
         metrics.close()
 
 
+def _admission(settings: Settings, metrics: Metrics, log: Log) -> QueuedAdmission:
+    if settings.redis is None:
+        return LocalAdmission(settings.admission, metrics, time.monotonic)
+    processes = settings.admission.replicas * settings.listen.processes
+    return RedisAdmission(settings.admission, settings.redis, processes, metrics, log, time.monotonic)
+
+
 class Gauges:
     """Writes what stands still between events: slots, queue, states of workers."""
 
-    def __init__(self, metrics: Metrics, registry: Registry, admission: LocalAdmission) -> None:
+    def __init__(self, metrics: Metrics, registry: Registry, admission: QueuedAdmission) -> None:
         self._metrics = metrics
         self._registry = registry
         self._admission = admission
 
     def write(self) -> None:
+        depth, oldest = self._admission.roster.depth(), self._admission.roster.oldest()
         for band in Band:
-            self._metrics.queue_depth.labels(band).set(self._admission.waiting(band))
+            self._metrics.queue_depth.labels(band).set(depth[band])
+            self._metrics.queue_oldest.labels(band).set(oldest.get(band, 0.0))
         for worker in self._registry:
             self._write_worker(worker)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.errors import ConfigurationError
@@ -21,6 +21,9 @@ from app.errors import ConfigurationError
 CONFIG_FILE_MAX_BYTES = 4 * 1024 * 1024
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
 VARIANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
+
+
+BandName = Literal["priority", "default", "flex", "batch"]
 
 
 class Part(BaseModel):
@@ -48,6 +51,8 @@ class Redis(Part):
     """The server that all gateway processes share. Left out, each process admits on its own."""
 
     url: str = "redis://127.0.0.1:6379/0"
+    prefix: str = Field("sluice", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="of all keys; one per fleet")
+    allow_eviction: bool = Field(False, description="start although the server may evict keys, leases among them")
 
 
 class Auth(Part):
@@ -112,11 +117,40 @@ class Model(Part):
 
 
 class Admission(Part):
-    """Bounds of what waits."""
+    """Who waits, how long, and in which order. Limits hold across all replicas that share a Redis."""
 
-    queue_limit: int = Field(1000, ge=0, description="requests that may wait, in one process")
+    queue_limit: int = Field(1000, ge=0, description="requests that may wait, in all")
+    queue_limit_per_band: int = Field(1000, ge=0)
+    queue_limit_per_tenant: int = Field(1000, ge=0)
+    queue_mib: int = Field(1024, ge=1, description="bodies of requests that wait, in all")
+    queue_mib_per_band: int = Field(1024, ge=1)
+    queue_mib_per_tenant: int = Field(1024, ge=1)
     queue_timeout_s: float = Field(30, gt=0, le=3600, description="longest wait for a slot")
+    queue_timeout_by_band_s: dict[BandName, PositiveFloat] = Field(
+        {"flex": 300.0, "batch": 3600.0}, description="where it differs"
+    )
     no_worker_timeout_s: float = Field(3, ge=0, le=60, description="longest wait while no worker is usable at all")
+    ageing_s: float = Field(10, gt=0, le=3600, description="each so many seconds of waiting lift a ticket by one band")
+    order_s_per_token: float = Field(
+        0, ge=0, le=10, description="order in a flow: 0 is by arrival; above, each predicted token delays by so much"
+    )
+    lease_s: float = Field(15, gt=0, le=300, description="a lease of a replica that fell silent ends after this")
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="gateway replicas that share the workers; each uses its part of them without Redis",
+    )
+    without_redis: Literal["local", "refuse"] = Field(
+        "local", description="while Redis is gone: serve a static share, or answer 503"
+    )
+    trust_tenant_header: bool = Field(
+        False, description="take the tenant from `x-sluice-tenant`; only behind a proxy that sets it"
+    )
+    weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="tenant to its fair share, default 1")
+
+    def max_wait_s(self, band: str) -> float:
+        return dict[str, float](**self.queue_timeout_by_band_s).get(band, self.queue_timeout_s)
 
 
 class Routing(Part):

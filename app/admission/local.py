@@ -1,160 +1,66 @@
-"""Admission inside one process: slots per worker, one bounded queue, highest band first, first come first served.
-
-What is kept per worker is the *set* of leases on it, never a counter beside it: a lease that is released twice, or
-released after a failure, cannot free a slot that it does not hold.
-"""
+"""Admission inside one process: the order of fairness.py on slots that no other process knows of."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable
 
 from app import settings
-from app.admission.ticket import Ticket
-from app.errors import NoHealthyWorker, Overloaded, QueueTimeout
-from app.inference import Band, TokenUsage
+from app.admission.fairness import Debt, Grant, Kind, Overview, Queue, Rules
+from app.admission.roster import US, QueuedAdmission, QueuedLease, Roster, new_name, rules_of
+from app.telemetry.metrics import Metrics
 
 
-@dataclass(slots=True)
-class _Slots:
-    capacity: int = 0
-    leases: set[LocalLease] = field(default_factory=set)
+class LocalDesk:
+    """See `roster.Desk`."""
 
-    @property
-    def has_free(self) -> bool:
-        return len(self.leases) < self.capacity
+    def __init__(self, rules: Rules, roster: Roster, clock: Callable[[], float]) -> None:
+        self._queue = Queue(rules)
+        self._roster = roster
+        self._clock = clock
 
+    def arrive(self, lease: QueuedLease) -> None:
+        now = self._clock()
+        place = lease.place(now, self._roster.route(lease.ticket.candidates), now - lease.since)
+        verdict, grants = self._queue.arrive(place, int(now * US))
+        if verdict.kind is Kind.GRANTED:
+            self._roster.grant(lease.id, verdict.worker)
+        elif verdict.kind is Kind.WAITS:
+            self._roster.park(lease, verdict.wait_us)
+        else:
+            self._roster.refuse_as(lease.id, verdict.kind, verdict.wait_us)
+        self._tell(grants)
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    ticket: Ticket
-    lease: LocalLease
-    granted: asyncio.Future[None]
+    def leave(self, lease: QueuedLease, debt: Debt) -> None:
+        now = self._clock()
+        if lease.worker_id:
+            self._tell(self._queue.release(lease.id, lease.worker_id, debt, int(now * US)))
+        else:
+            self._queue.cancel(lease.id)
 
-
-class LocalLease:
-    """See `ticket.Lease`. Which slot it holds is written by `LocalAdmission` alone."""
-
-    __slots__ = ("_admission", "ticket", "waited_s", "worker_id")
-
-    def __init__(self, admission: LocalAdmission, ticket: Ticket) -> None:
-        self._admission = admission
-        self.ticket = ticket
-        self.worker_id = ""
-        self.waited_s = 0.0
-
-    async def move(self, candidates: tuple[str, ...]) -> None:
-        self.release()
-        self.ticket = replace(self.ticket, candidates=candidates)
-        await self._admission.take(self, ahead=True)
-
-    def release(self, usage: TokenUsage | None = None) -> None:
-        self._admission.give_back(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-class LocalAdmission:
-    """See `ticket.Admission`."""
-
-    def __init__(self, bounds: settings.Admission) -> None:
-        self._bounds = bounds
-        self._slots: dict[str, _Slots] = {}
-        self._queues: dict[Band, deque[_Waiting]] = {band: deque() for band in Band}
-
-    def waiting(self, band: Band) -> int:
-        """Tickets of `band` that wait."""
-        return len(self._queues[band])
-
-    def held(self, worker_id: str) -> int:
-        """Slots of the worker that are held."""
-        return len(self._slots[worker_id].leases) if worker_id in self._slots else 0
+    def hold(self, lease: QueuedLease) -> None:
+        """A lease that was granted at another desk stands here from now on."""
+        route = self._roster.route(lease.ticket.candidates)
+        self._queue.hold(lease.place(self._clock(), route, 0.0), lease.worker_id)
 
     def set_slots(self, worker_id: str, slots: int) -> None:
-        self._slots.setdefault(worker_id, _Slots()).capacity = slots
-        self._grant(worker_id)
+        now = self._clock()
+        self._tell(self._queue.set_slots(worker_id, slots, int(now * US)))
 
-    async def admit(self, ticket: Ticket) -> LocalLease:
-        lease = LocalLease(self, ticket)
-        await self.take(lease)
-        return lease
+    def overview(self) -> Overview:
+        return self._queue.overview(int(self._clock() * US))
 
-    async def take(self, lease: LocalLease, *, ahead: bool = False) -> None:
-        """Give `lease` a slot on one of its ticket's candidates, at once or after a wait (first in line if `ahead`)."""
-        for worker_id in lease.ticket.candidates:
-            slots = self._slots.get(worker_id)
-            if slots is not None and slots.has_free:
-                slots.leases.add(lease)
-                lease.worker_id = worker_id
-                return
-        loop = asyncio.get_running_loop()
-        arrived = loop.time()
-        await self._wait(_Waiting(lease.ticket, lease, loop.create_future()), ahead, arrived)
-        lease.waited_s += loop.time() - arrived
+    def _tell(self, grants: list[Grant]) -> None:
+        for grant in grants:
+            self._roster.grant(grant.id, grant.worker)
 
-    def give_back(self, lease: LocalLease) -> None:
-        """Free the slot that `lease` holds, if it holds one, and grant it to who is next."""
-        worker_id, lease.worker_id = lease.worker_id, ""
-        if worker_id:
-            self._slots[worker_id].leases.discard(lease)
-            self._grant(worker_id)
 
-    async def _wait(self, waiting: _Waiting, ahead: bool, arrived: float) -> None:
-        if sum(map(len, self._queues.values())) >= self._bounds.queue_limit:
-            raise Overloaded(
-                "The queue is full. Please try again later.", retry_after_s=self._bounds.queue_timeout_s / 2
-            )
-        queue = self._queues[waiting.ticket.band]
-        (queue.appendleft if ahead else queue.append)(waiting)
-        try:
-            async with asyncio.timeout_at(min(arrived + self._patience_s(waiting.ticket), waiting.ticket.deadline)):
-                await waiting.granted
-        except TimeoutError:
-            self.give_back(waiting.lease)
-            raise self._gave_up(waiting.ticket) from None
-        except asyncio.CancelledError:
-            # The grant may have come in the same tick as the cancellation.
-            self.give_back(waiting.lease)
-            raise
-        finally:
-            if not waiting.granted.done() or waiting.granted.cancelled():
-                queue.remove(waiting)
+class LocalAdmission(QueuedAdmission):
+    """Admission without Redis."""
 
-    def _patience_s(self, ticket: Ticket) -> float:
-        return self._bounds.queue_timeout_s if self._is_served(ticket) else self._bounds.no_worker_timeout_s
+    def __init__(self, limits: settings.Admission, metrics: Metrics, clock: Callable[[], float]) -> None:
+        roster = Roster(new_name(), metrics, clock)
+        self._local = LocalDesk(rules_of(limits), roster, clock)
+        super().__init__(limits, roster, self._local)
 
-    def _gave_up(self, ticket: Ticket) -> QueueTimeout | NoHealthyWorker:
-        if self._is_served(ticket):
-            return QueueTimeout("No slot came free in time. Please try again later.", retry_after_s=5)
-        return NoHealthyWorker("No worker of this model is ready. Please try again later.", retry_after_s=5)
-
-    def _is_served(self, ticket: Ticket) -> bool:
-        return any(self._slots[worker_id].capacity for worker_id in ticket.candidates if worker_id in self._slots)
-
-    def _grant(self, worker_id: str) -> None:
-        """Hand out the free slots of `worker_id`: highest band first, then in order of arrival."""
-        slots = self._slots[worker_id]
-        while slots.has_free:
-            waiting = self._next_for(worker_id)
-            if waiting is None:
-                return
-            slots.leases.add(waiting.lease)
-            waiting.lease.worker_id = worker_id
-            waiting.granted.set_result(None)
-
-    def _next_for(self, worker_id: str) -> _Waiting | None:
-        for queue in self._queues.values():
-            for waiting in queue:
-                if worker_id in waiting.ticket.candidates and not waiting.granted.done():
-                    queue.remove(waiting)
-                    return waiting
-        return None
+    async def overview(self) -> Overview:
+        return self._local.overview()

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from app.inference import Band, TokenUsage
+from app.inference import Band, InferenceRequest, TokenUsage
+
+ANONYMOUS = "anonymous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,20 +16,40 @@ class Ticket:
     """What the queue knows of a request.
 
     `candidates` are worker ids, best first; `deadline` is monotonic seconds, after which the ticket must not be
-    granted.
+    granted. `prompt_bytes` and `max_tokens` are what its cost is estimated from; the bytes are also what the request
+    holds in memory while it waits.
     """
 
     id: str
     band: Band
     candidates: tuple[str, ...]
-    cost_tokens: int = 1
+    model: str = ""
+    tenant: str = ANONYMOUS
+    weight: float = 1.0
+    prompt_bytes: int = 0
+    max_tokens: int | None = None
     deadline: float = float("inf")
+
+    @classmethod
+    def of(cls, request: InferenceRequest, candidates: tuple[str, ...]) -> Ticket:
+        return cls(
+            id=request.id,
+            band=request.band,
+            candidates=candidates,
+            model=request.resolved_model,
+            tenant=request.tenant or ANONYMOUS,
+            weight=request.weight,
+            prompt_bytes=request.prompt_bytes,
+            max_tokens=request.max_tokens,
+            deadline=request.deadline,
+        )
 
 
 class Lease(Protocol):
     """One slot of one worker, held until `release`. Leaving it as a context manager releases it.
 
     `release` never waits and never fails, so that it cannot be cancelled half-way; releasing twice is releasing once.
+    The real `usage` settles what the ticket was estimated to cost.
     """
 
     @property
@@ -54,7 +76,8 @@ class Admission(Protocol):
     async def admit(self, ticket: Ticket) -> Lease:
         """Wait for a slot on one of the ticket's candidates. Cancelling the wait takes the ticket out.
 
-        Raises Overloaded (no room to wait), QueueTimeout (waited too long), NoHealthyWorker.
+        Raises TenantQueueFull, Overloaded (no room to wait, or no hope before the deadline), QueueTimeout (waited too
+        long), NoHealthyWorker, DependencyUnavailable.
         """
 
     def set_slots(self, worker_id: str, slots: int) -> None:

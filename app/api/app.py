@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from app.api import health, models
+from app.api import admin, health, models
 from app.api.inference import InferenceRoutes
 from app.api.middleware import Dispatch, Errors, RequestIds
 from app.api.openapi import document
@@ -22,7 +22,7 @@ from app.settings import Settings
 
 GC_THRESHOLD = 20_000
 
-OPERATOR_PATHS = frozenset({"/metrics", "/docs", "/openapi.json"})
+OPERATOR_PATHS = frozenset({"/metrics", "/docs", "/openapi.json", "/admin/queue"})
 
 
 def create_app(settings: Settings) -> ASGIApp:
@@ -45,6 +45,7 @@ def create_app(settings: Settings) -> ASGIApp:
     )
     api.include_router(models.routes)
     api.include_router(health.routes)
+    api.include_router(admin.routes)
     api.add_exception_handler(HTTPException, _http_exception)
     api.add_exception_handler(RequestValidationError, _validation_error)
     api.add_exception_handler(GatewayError, _gateway_error)

@@ -4,21 +4,65 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
+from math import inf
 
 from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
 from app.api.responses import send_reply
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
 from app.runtime import Runtime
-from app.settings import Parameters
+from app.settings import Admission, Settings
 from app.telemetry.account import UNRESOLVED
 
 TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[ -~]{0,128})?")
 TRACE_STATE = re.compile(rb"[ -~]{1,512}")
 TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
+TIMEOUT_HEADER = b"x-sluice-timeout-ms"
+CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
+TENANT_HEADER = b"x-sluice-tenant"
+TENANT = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]], settings: Admission) -> None:
+    """What the headers say about a request: whose it is, until when, of which trace. Raises InvalidValue."""
+    traces = []
+    for name, value in headers:
+        if name in TRACE_HEADERS:
+            if TRACE_HEADERS[name].fullmatch(value):
+                traces.append((name, value))
+        elif name == TIMEOUT_HEADER:
+            request.deadline = min(request.deadline, request.arrived + _milliseconds(value) / 1000)
+        elif name == CLIENT_TIMEOUT_HEADER:
+            request.deadline = min(request.deadline, request.arrived + _patience_s(value))
+        elif name == TENANT_HEADER and settings.trust_tenant_header:
+            request.tenant = _tenant(value)
+            request.weight = settings.weights.get(request.tenant, 1.0)
+    request.trace_headers = tuple(traces)
+
+
+def _milliseconds(value: bytes) -> int:
+    if not value.isdigit() or not 0 < int(value[:12]) < 10**9:
+        raise InvalidValue("The header x-sluice-timeout-ms is expected to be a positive number of milliseconds.")
+    return int(value)
+
+
+def _patience_s(value: bytes) -> float:
+    """A client's own limit is a hint: one that makes no sense is none."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        return inf
+    return seconds if seconds > 0 else inf
+
+
+def _tenant(value: bytes) -> str:
+    if not TENANT.fullmatch(value):
+        raise InvalidValue("The header x-sluice-tenant is expected to be 1 to 128 visible characters.")
+    return value.decode()
 
 
 class InferenceRoutes:
@@ -31,7 +75,7 @@ class InferenceRoutes:
         runtime: Runtime = scope["state"]["runtime"]
         try:
             body = await read_body(scope, receive, runtime.settings.limits)
-            request = self._request(scope, body, arrived, runtime.settings.parameters)
+            request = self._request(scope, body, arrived, runtime.settings)
         except InvalidRequest as error:
             took_s = time.monotonic() - arrived
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
@@ -41,13 +85,13 @@ class InferenceRoutes:
             with await runtime.gateway.serve(request) as reply:
                 await send_reply(reply, send, client)
 
-    def _request(self, scope: Scope, body: bytes, arrived: float, limits: Parameters) -> InferenceRequest:
+    def _request(self, scope: Scope, body: bytes, arrived: float, settings: Settings) -> InferenceRequest:
         request = InferenceRequest.parse(
-            body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived, limits=limits
+            body,
+            request_id=scope["request_id"],
+            route=self.paths[scope["path"]],
+            arrived=arrived,
+            limits=settings.parameters,
         )
-        request.trace_headers = tuple(
-            (name, value)
-            for name, value in scope["headers"]
-            if name in TRACE_HEADERS and TRACE_HEADERS[name].fullmatch(value)
-        )
+        read_headers(request, scope["headers"], settings.admission)
         return request

@@ -122,6 +122,19 @@ class Metrics:
         self.requests = counter("sluice_requests_total", "Requests that ended.", *_LABELS, "outcome", "code")
         self.in_flight = gauge("sluice_requests_in_flight", "Requests between arrival and end.")
         self.queue_depth = gauge("sluice_queue_depth", "Tickets that wait for a slot.", "band")
+        self.queue_oldest = gauge(
+            "sluice_queue_oldest_seconds", "Longest wait among those who wait.", "band", across="livemax"
+        )
+        self.limit_rejections = counter("sluice_limit_rejections_total", "Requests that a limit refused.", "limit")
+        self.admission_degraded = gauge(
+            "sluice_admission_degraded", "Processes that admit without Redis now; 0 is well."
+        )
+        self.ledger_resyncs = counter(
+            "sluice_ledger_resyncs_total", "Times the shared ledger was told anew who holds what.", "reason"
+        )
+        self.leases_fenced = counter(
+            "sluice_leases_fenced_total", "Leases that were lost, and found their slot given to another."
+        )
         self.slots_held = gauge("sluice_slots_held", "Slots that are held.", "worker")
         self.slots_capacity = gauge("sluice_slots_capacity", "Slots of a worker.", "worker", across="livemax")
         self.worker_state = gauge(

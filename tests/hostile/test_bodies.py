@@ -7,8 +7,10 @@ import tracemalloc
 
 import pytest
 
-from app.errors import GatewayError
+from app.errors import GatewayError, InvalidValue
 from app.inference import InferenceRequest, Route
+from app.settings import Structured
+from app.structured import check_schema
 from tests.hostile.bodies import BODIES
 from tests.hostile.case import Case
 from tests.hostile.conftest import Fortress
@@ -46,3 +48,11 @@ async def test_what_it_may_cost(case: Case) -> None:
     with pytest.raises(GatewayError):
         InferenceRequest.parse(body, request_id="r", route=Route.CHAT, arrived=0.0)
     assert time.thread_time() - began < (0.005 if case.row == "B37" else 0.05)
+
+
+async def test_a_cycle_is_told_from_a_large_schema() -> None:
+    cycle = {"$ref": "#/$defs/a", "$defs": {"a": {"properties": {"b": {"$ref": "#/$defs/a"}}}}}
+    with pytest.raises(InvalidValue, match="refers to itself"):
+        check_schema(cycle, "schema", Structured())
+    shared = {"properties": {"a": {"$ref": "#/$defs/a"}, "b": {"$ref": "#/$defs/a"}}, "$defs": {"a": {}}}
+    check_schema(shared, "schema", Structured())

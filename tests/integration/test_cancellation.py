@@ -73,7 +73,7 @@ class House:
         log = open_log(settings.Logs(level="error"))
         catalogue = Catalogue.of((model,))
         self.registry = Registry(catalogue, log)
-        self.admission = LocalAdmission(settings.Admission())
+        self.admission = LocalAdmission(settings.Admission(), metrics, time.monotonic)
         self.registry.listen(lambda known: self.admission.set_slots(known.id, 1))
         self.known = self.registry[host]
         self.registry.change(self.known, transitions.proven(self.known.condition))

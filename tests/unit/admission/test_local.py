@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from app import settings
-from app.admission.local import LocalAdmission, LocalLease
+from app.admission.local import LocalAdmission
+from app.admission.roster import QueuedLease
 from app.admission.ticket import Ticket
 from app.errors import NoHealthyWorker, Overloaded, QueueTimeout
 from app.inference import Band
+from app.telemetry.metrics import Metrics
 
 
 def admission(*, slots: int = 1, workers: str = "a", **bounds: float) -> LocalAdmission:
-    built = LocalAdmission(settings.Admission(**bounds))
+    built = LocalAdmission(settings.Admission(**bounds), Metrics(CollectorRegistry()), time.monotonic)
     for worker in workers:
         built.set_slots(worker, slots)
     return built
@@ -24,7 +28,7 @@ def ticket(name: str = "t", band: Band = Band.DEFAULT, candidates: str = "a", de
     return Ticket(name, band, tuple(candidates), deadline=deadline)
 
 
-async def queued(line: LocalAdmission, *tickets: Ticket) -> list[asyncio.Task[LocalLease]]:
+async def queued(line: LocalAdmission, *tickets: Ticket) -> list[asyncio.Task[QueuedLease]]:
     """Tasks that wait for these tickets, in this order."""
     tasks = []
     for waiting in tickets:

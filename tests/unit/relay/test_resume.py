@@ -359,3 +359,9 @@ def test_without_a_limit_the_context_must_be_known() -> None:
 def test_token_ids_are_asked_for_again_while_another_resume_is_left() -> None:
     assert "return_token_ids" not in continued(terms_of(request()))
     assert continued(terms_of(request()), resumes_left=1)["return_token_ids"] is True
+
+
+def test_a_continuation_stays_in_its_tenants_cache() -> None:
+    asked = request()
+    asked.cache_salt = "salt"
+    assert continued(terms_of(asked))["cache_salt"] == "salt"

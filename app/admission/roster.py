@@ -1,0 +1,346 @@
+"""The tickets and leases of one process, and the desk that they stand at: in this process, or in the shared ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Protocol, Self
+
+from app import settings
+from app.admission.cost import Costs
+from app.admission.fairness import MOVED, RANK, Debt, Kind, Overview, Place, Rules
+from app.admission.ticket import Ticket
+from app.errors import GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
+from app.inference import Band, TokenUsage
+from app.telemetry.metrics import Metrics
+
+US = 1_000_000
+FOREVER_US = 10**15
+ROUTES_KNOWN = 4096
+MIB = 1024 * 1024
+
+
+class QueuedLease:
+    """See `ticket.Lease`. Waiting while `worker_id` is empty and `granted` is pending; over when it is on no roster.
+
+    `id` is new for every slot that is waited for: 128 random bits, after the name of the process that holds it.
+    """
+
+    __slots__ = (
+        "_admission",
+        "cost",
+        "deadline",
+        "granted",
+        "id",
+        "is_again",
+        "is_moved",
+        "is_unserved",
+        "since",
+        "ticket",
+        "timer",
+        "wait_us",
+        "waited_s",
+        "worker_id",
+    )
+
+    def __init__(self, admission: QueuedAdmission, ticket: Ticket, cost: float) -> None:
+        self._admission = admission
+        self.ticket = ticket
+        self.cost = cost
+        self.id = ""
+        self.worker_id = ""
+        self.waited_s = 0.0
+        self.is_again = False
+        self.is_moved = False
+        self.is_unserved = False
+        self.wait_us = 0
+        self.since = 0.0
+        self.deadline = float("inf")
+        self.granted: asyncio.Future[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def band(self) -> int:
+        return MOVED if self.is_moved else RANK[self.ticket.band]
+
+    @property
+    def tokens(self) -> float:
+        """What a slot costs its tenant; a move has been paid for."""
+        return 0.0 if self.is_moved else self.cost
+
+    def place(self, now: float, route: str, waited_s: float) -> Place:
+        """Itself as the order sees it at `now`, monotonic seconds, after it has waited so long already."""
+        ticket = self.ticket
+        return Place(
+            id=self.id,
+            band=self.band,
+            route=route,
+            candidates=ticket.candidates,
+            tenant=ticket.tenant,
+            weight=ticket.weight,
+            cost=self.tokens,
+            patience_us=int(min(max(0.0, self.deadline - now) * US, FOREVER_US)),
+            waited_us=int(waited_s * US),
+            held_bytes=ticket.prompt_bytes,
+        )
+
+    def debt(self, tokens: float) -> Debt:
+        """Its tenant pays for `tokens` more than were estimated."""
+        return Debt(RANK[self.ticket.band], self.ticket.tenant, tokens / self.ticket.weight)
+
+    async def move(self, candidates: tuple[str, ...]) -> None:
+        await self._admission.move(self, candidates)
+
+    def release(self, usage: TokenUsage | None = None) -> None:
+        self._admission.leave(self, usage)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Roster:
+    """Who of this process waits and who holds. Only here a lease becomes one or the other."""
+
+    def __init__(self, name: str, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self.name = name
+        self._metrics = metrics
+        self._clock = clock
+        self._routes: dict[tuple[str, ...], str] = {}
+        self._loads: Counter[str] = Counter()
+        self.waiting: dict[str, QueuedLease] = {}
+        self.held: dict[str, QueuedLease] = {}
+
+    def enter(self, lease: QueuedLease, patience_s: float) -> asyncio.Future[None]:
+        """A new wait begins, under a new id; done when it is granted."""
+        lease.id = f"{self.name}.{secrets.token_hex(16)}"
+        lease.since = self._clock()
+        lease.deadline = min(lease.ticket.deadline, lease.since + patience_s)
+        granted = lease.granted = asyncio.get_running_loop().create_future()
+        lease.is_again = False
+        self.waiting[lease.id] = lease
+        return granted
+
+    def rename(self, lease: QueuedLease) -> None:
+        """A waiting lease goes on under another id, where the old one may or may not have been granted."""
+        del self.waiting[lease.id]
+        lease.id = f"{self.name}.{secrets.token_hex(16)}"
+        self.waiting[lease.id] = lease
+
+    def route(self, candidates: tuple[str, ...]) -> str:
+        """The name of a set of workers, whatever their rank."""
+        found = self._routes.get(candidates)
+        if found is None:
+            if len(self._routes) >= ROUTES_KNOWN:
+                self._routes.clear()
+            text = "\n".join(sorted(candidates)).encode()
+            found = self._routes[candidates] = hashlib.blake2b(text, digest_size=8).hexdigest()
+        return found
+
+    def grant(self, lease_id: str, worker_id: str) -> None:
+        """The ticket waits no more. Nothing happens if it has left: whoever left it has told so."""
+        lease = self.waiting.pop(lease_id, None)
+        if lease is None:
+            return
+        lease.worker_id = worker_id
+        lease.waited_s += self._clock() - lease.since
+        self.held[lease_id] = lease
+        self._loads[worker_id] += 1
+        self._finish(lease, None)
+
+    def refuse(self, lease_id: str, error: GatewayError) -> None:
+        lease = self.waiting.pop(lease_id, None)
+        if lease is not None:
+            self._finish(lease, error)
+
+    def refuse_as(self, lease_id: str, kind: Kind, wait_us: int) -> None:
+        """Refused by the order's own bounds."""
+        self._metrics.limit_rejections.labels(kind.name.lower()).inc()
+        self.refuse(lease_id, _refusal(kind, wait_us))
+
+    def park(self, lease: QueuedLease, wait_us: int) -> None:
+        """It was not granted at once: from now on its deadline is watched."""
+        lease.wait_us = wait_us  # how long from here on, as far as the drain rate tells
+        if lease.timer is None and lease.granted is not None and not lease.granted.done():
+            left_s = max(0.0, lease.deadline - self._clock())
+            lease.timer = asyncio.get_running_loop().call_later(left_s, self._expire, lease)
+
+    def drop(self, lease: QueuedLease) -> bool:
+        """Take it off the roster, waiting or held. False if it is on none."""
+        if self.waiting.pop(lease.id, None) is None and self.held.pop(lease.id, None) is None:
+            return False
+        if lease.worker_id:
+            self._loads[lease.worker_id] -= 1
+        if lease.timer is not None:
+            lease.timer.cancel()
+            lease.timer = None
+        return True
+
+    def held_on(self, worker_id: str) -> int:
+        return self._loads[worker_id]
+
+    def depth(self) -> Counter[Band]:
+        return Counter(lease.ticket.band for lease in self.waiting.values())
+
+    def oldest(self) -> dict[Band, float]:
+        """Seconds that the first of each band has waited."""
+        now = self._clock()
+        found: dict[Band, float] = {}
+        for lease in self.waiting.values():
+            band = lease.ticket.band
+            found[band] = max(found.get(band, 0.0), now - lease.since)
+        return found
+
+    def in_order(self) -> list[QueuedLease]:
+        """Those who wait, in order of arrival."""
+        return sorted(self.waiting.values(), key=lambda lease: lease.since)
+
+    def _expire(self, lease: QueuedLease) -> None:
+        lease.timer = None
+        if lease.granted is not None and not lease.granted.done():
+            # It stays on the roster: who waits for it leaves it, and the desk hears of that.
+            lease.granted.set_exception(_expiry(lease))
+
+    def _finish(self, lease: QueuedLease, error: GatewayError | None) -> None:
+        if lease.timer is not None:
+            lease.timer.cancel()
+            lease.timer = None
+        if lease.granted is None or lease.granted.done():
+            return  # cancelled or expired in this very tick; who waits for it is about to leave it
+        if error is None:
+            lease.granted.set_result(None)
+        else:
+            lease.granted.set_exception(error)
+
+
+class Desk(Protocol):
+    """Where the roster's leases stand. Its methods never wait and never fail."""
+
+    def arrive(self, lease: QueuedLease) -> None:
+        """A waiting lease stands here: sooner or later it is granted, refused or parked on the roster."""
+
+    def leave(self, lease: QueuedLease, debt: Debt) -> None:
+        """It was dropped from the roster: end its wait, or free its slot."""
+
+    def set_slots(self, worker_id: str, slots: int) -> None:
+        """See `ticket.Admission`."""
+
+
+class QueuedAdmission:
+    """See `ticket.Admission`: takes tickets to the desk of the moment, and brings the leases back."""
+
+    def __init__(self, limits: settings.Admission, roster: Roster, desk: Desk) -> None:
+        self._limits = limits
+        self._costs = Costs()
+        self._max_wait_s = {band: limits.max_wait_s(band) for band in Band}
+        self.roster = roster
+        self.desk = desk
+        self.slots: dict[str, int] = {}
+
+    async def overview(self) -> Overview:
+        """All that waits, wherever it arrived. Raises DependencyUnavailable."""
+        raise NotImplementedError
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Do what has to be done all the time."""
+        yield
+
+    def waiting(self, band: Band) -> int:
+        """Tickets of this process that wait in `band`."""
+        return self.roster.depth()[band]
+
+    def held(self, worker_id: str) -> int:
+        """Slots of the worker that this process holds."""
+        return self.roster.held_on(worker_id)
+
+    def set_slots(self, worker_id: str, slots: int) -> None:
+        self.slots[worker_id] = slots
+        self.desk.set_slots(worker_id, slots)
+
+    async def admit(self, ticket: Ticket) -> QueuedLease:
+        cost = self._costs.of(ticket.model).estimate(ticket.prompt_bytes, ticket.max_tokens)
+        lease = QueuedLease(self, ticket, cost)
+        await self._stand(lease)
+        return lease
+
+    async def move(self, lease: QueuedLease, candidates: tuple[str, ...]) -> None:
+        """The slot goes first, in a step of its own: an arrival may be refused for want of memory, a release never."""
+        self._drop(lease, 0.0)
+        lease.ticket = replace(lease.ticket, candidates=candidates)
+        lease.is_moved = True
+        await self._stand(lease)
+
+    def leave(self, lease: QueuedLease, usage: TokenUsage | None) -> None:
+        """The end of a lease. Without usage the estimate stands."""
+        owed = 0.0
+        if usage is not None:
+            self._costs.of(lease.ticket.model).learn(lease.ticket.prompt_bytes, usage)
+            owed = usage.prompt_tokens + usage.completion_tokens - lease.cost
+        self._drop(lease, owed)
+
+    def _drop(self, lease: QueuedLease, owed_tokens: float) -> None:
+        if self.roster.drop(lease):
+            self.desk.leave(lease, lease.debt(owed_tokens))
+            lease.worker_id = ""
+
+    async def _stand(self, lease: QueuedLease) -> None:
+        limits, ticket = self._limits, lease.ticket
+        lease.is_unserved = not any(self.slots.get(worker_id) for worker_id in ticket.candidates)
+        granted = self.roster.enter(
+            lease, limits.no_worker_timeout_s if lease.is_unserved else self._max_wait_s[ticket.band]
+        )
+        try:
+            self.desk.arrive(lease)
+            await granted
+        except BaseException:
+            # A grant may have come in the same tick as the cancellation or the expiry: a slot unused, and not paid for.
+            self._drop(lease, -lease.tokens)
+            raise
+
+
+def rules_of(limits: settings.Admission) -> Rules:
+    return Rules(
+        tenant_limit=limits.queue_limit_per_tenant,
+        band_limit=limits.queue_limit_per_band,
+        total_limit=limits.queue_limit,
+        tenant_bytes=limits.queue_mib_per_tenant * MIB,
+        band_bytes=limits.queue_mib_per_band * MIB,
+        total_bytes=limits.queue_mib * MIB,
+        ageing_us=int(limits.ageing_s * US),
+        us_per_token=int(limits.order_s_per_token * US),
+    )
+
+
+def new_name() -> str:
+    """A name for one process, never used before."""
+    return secrets.token_hex(6)
+
+
+def _refusal(kind: Kind, wait_us: int) -> GatewayError:
+    retry_after_s = max(1.0, wait_us / US)
+    if kind is Kind.TENANT_FULL:
+        return TenantQueueFull("You have too many requests waiting. Please try later.", retry_after_s=retry_after_s)
+    if kind is Kind.HOPELESS:
+        return Overloaded(
+            "No slot will come free before the request's deadline. Please try later.",
+            retry_after_s=retry_after_s,
+        )
+    return Overloaded("The queue is full. Please try again later.", retry_after_s=retry_after_s)
+
+
+def _expiry(lease: QueuedLease) -> GatewayError:
+    retry_after_s = max(5.0, lease.wait_us / US)
+    if lease.is_unserved:
+        return NoHealthyWorker("No worker of this model is ready. Please try again later.", retry_after_s=retry_after_s)
+    return QueueTimeout("No slot came free in time. Please try again later.", retry_after_s=retry_after_s)

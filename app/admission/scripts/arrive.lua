@@ -1,0 +1,47 @@
+-- payload: places. body: {kind, worker or expected wait in us} of each.
+
+local function known(place)
+  for _, worker in ipairs(place.candidates) do
+    if call('ZSCORE', key('held', worker), place.id) then
+      return { GRANTED, worker }
+    end
+  end
+  if call('HEXISTS', key('tickets'), place.id) == 1 then
+    return { WAITS, expected_wait(place) }
+  end
+  return nil
+end
+
+local function at_once(place)
+  for _, worker in ipairs(place.candidates) do
+    if is_free(worker) and #lines.get(worker) == 0 then
+      take(place, worker, start(place))
+      return { GRANTED, worker }
+    end
+  end
+  return nil
+end
+
+local function wait(fields, place, index)
+  local wait_us = expected_wait(place)
+  local refused = refusal(place, wait_us)
+  if refused then
+    return { refused, wait_us }
+  end
+  enqueue(fields, place, index)
+  for _, worker in ipairs(place.candidates) do
+    grant(worker)
+  end
+  return { WAITS, wait_us }
+end
+
+local objected = objection()
+if objected then
+  return objected
+end
+local body, open = {}, is_open()
+for index, fields in ipairs(payload) do
+  local place = place_of(fields)
+  body[index] = known(place) or (open and at_once(place)) or wait(fields, place, index - 1)
+end
+return answer(body)

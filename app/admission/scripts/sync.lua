@@ -1,0 +1,97 @@
+-- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch}: all that the replica holds, waits
+-- for and sees. It is made so here: leases are renewed, or taken again while there is room; what the replica does not
+-- know is removed. body: {epoch, ids of leases without a slot, ids of tickets that do not wait here}.
+
+local leases, tickets, views, new_epoch = payload[1], payload[2], payload[3], payload[4]
+local holds, waits, sees = {}, {}, {}
+for _, lease in ipairs(leases) do
+  holds[lease[1]] = lease[2]
+end
+for _, id in ipairs(tickets) do
+  waits[id] = true
+end
+for _, view in ipairs(views) do
+  sees[view[1]] = view[2]
+end
+
+local function join()
+  local current, seen = unpack(call('HMGET', key('state'), 'epoch', 'seen'))
+  local last = tonumber(call('HGET', key('calls'), me) or -1)
+  if not current or (current == epoch and last >= 0 and last < answered) then
+    call('HSET', key('state'), 'epoch', new_epoch)
+    close()
+    current = new_epoch
+  else
+    close_after_a_gap(seen)
+  end
+  call('ZADD', key('alive'), now, me)
+  call('ZADD', key('synced'), now, me)
+  return current
+end
+
+local function see()
+  for worker, slots in pairs(sees) do
+    call('HSET', key('view', worker), me, slots)
+    count_slots(worker)
+  end
+  for _, worker in ipairs(workers()) do
+    if not sees[worker] and call('HDEL', key('view', worker), me) == 1 then
+      count_slots(worker)
+    end
+  end
+end
+
+-- A lease that the replica waits for was granted, and the word of it was lost on the way.
+local function renew(worker)
+  for _, id in ipairs(call('ZRANGE', key('held', worker), 0, -1)) do
+    if replica_of(id) == me then
+      if holds[id] == worker then
+        hold(id, worker)
+        holds[id] = nil
+      elseif waits[id] then
+        hold(id, worker)
+        waits[id] = nil
+        tell(id, worker)
+      else
+        free(id, worker)
+      end
+    end
+  end
+end
+
+local last = tonumber(call('HGET', key('calls'), me) or -1)
+if answered <= last then
+  if number == last then
+    return call('HGET', key('replies'), me)
+  elseif number < last then
+    return cmsgpack.pack({ STALE, 0, {}, {} })
+  end
+end
+local current = join()
+see()
+for _, worker in ipairs(workers()) do
+  renew(worker)
+end
+for _, id in ipairs(call('HKEYS', key('tickets'))) do
+  if replica_of(id) == me and not waits[id] then
+    dequeue(ticket(id))
+  end
+end
+local lost, missing = {}, {}
+for _, lease in ipairs(leases) do
+  local id, worker = lease[1], lease[2]
+  if holds[id] then
+    if is_free(worker) then
+      hold(id, worker)
+    else
+      table.insert(lost, id)
+    end
+  end
+end
+for _, id in ipairs(tickets) do
+  if waits[id] and call('HEXISTS', key('tickets'), id) == 0 then
+    table.insert(missing, id)
+  end
+end
+grant_all()
+return answer({ current, lost, missing })

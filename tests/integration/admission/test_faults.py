@@ -1,0 +1,415 @@
+"""Rows F23 to F35 and F39 of the fault matrix: what the admission of a replica does when the ledger breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from app.admission.controller import RedisAdmission
+from app.errors import ConfigurationError, DependencyUnavailable, Overloaded
+from tests.fakes.fault_proxy import FaultProxy
+from tests.integration.admission.fleet import (
+    Dump,
+    granted_in_time,
+    is_told,
+    parked,
+    queued,
+    replica,
+    ticket,
+    until,
+)
+from tests.processes import Valkey, free_port
+
+WAIT_ON_REDIS_S = 1.5
+
+
+@pytest.fixture
+async def proxy(valkey: Valkey) -> AsyncIterator[FaultProxy]:
+    async with FaultProxy(valkey.port) as running:
+        yield running
+
+
+def gauge(admission: RedisAdmission, name: str) -> float:
+    """A series without labels of this replica."""
+    value = admission._metrics._registry.get_sample_value(name)
+    assert value is not None
+    return value
+
+
+async def restarted(server: Valkey) -> None:
+    await asyncio.to_thread(server.restart)
+
+
+# F23
+
+
+async def test_a_killed_ledger_leaves_streams_alone_and_a_share_is_served(own_valkey: Valkey) -> None:
+    async with replica(own_valkey.url, 4, replicas=2, without_redis="local") as one:
+        held = await one.admit(ticket())
+        await asyncio.to_thread(own_valkey.kill)
+        lease, _ = await granted_in_time(one, ticket(), WAIT_ON_REDIS_S)
+        assert one.is_degraded
+        assert gauge(one, "sluice_admission_degraded") == 1
+        (waiting,) = await queued(one, ticket())
+        assert held.worker_id == "w"
+        held.release()
+        second = await asyncio.wait_for(waiting, 1)
+        await restarted(own_valkey)
+        await until(lambda: not one.is_degraded)
+        await until(lambda: is_told(own_valkey.url, one))
+        assert Dump(own_valkey.url).held["w"] == {lease.id, second.id}
+        assert gauge(one, "sluice_admission_degraded") == 0
+
+
+async def test_without_the_ledger_replicas_together_never_exceed_the_slots(own_valkey: Valkey) -> None:
+    """I16, with more slots than divide evenly."""
+    async with replica(own_valkey.url, 5, replicas=2) as one, replica(own_valkey.url, 5, replicas=2) as two:
+        await asyncio.to_thread(own_valkey.kill)
+        tasks = [asyncio.create_task(which.admit(ticket())) for which in (one, two) for _ in range(5)]
+        await until(lambda: sum(task.done() for task in tasks) >= 4)
+        await until(lambda: parked(one) == 3 and parked(two) == 3)
+        assert sum(task.done() for task in tasks) == 4
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def test_live_leases_are_told_before_anything_is_granted(own_valkey: Valkey) -> None:
+    """After an empty restart the first replica back finds half of the slots free; it must not believe that."""
+    async with FaultProxy(own_valkey.port) as way:
+        async with (
+            replica(own_valkey.url, 4, replicas=2, lease_s=9) as one,
+            replica(way.url, 4, replicas=2, lease_s=9) as two,
+        ):
+            held = [await admission.admit(ticket()) for admission in (one, one, two, two)]
+            way.fall_silent()
+            await restarted(own_valkey)
+            (waiting,) = await queued(one, ticket())
+            await until(lambda: Dump(own_valkey.url).leases == {held[0].id, held[1].id})
+            way.heal()
+            await until(lambda: is_told(own_valkey.url, one, two))
+            assert len(Dump(own_valkey.url).held["w"]) == 4
+            assert not waiting.done()
+            held[3].release()
+            await asyncio.wait_for(waiting, 2)
+
+
+async def test_it_may_be_told_to_refuse_without_the_ledger(own_valkey: Valkey) -> None:
+    async with replica(own_valkey.url, without_redis="refuse") as one:
+        held = await one.admit(ticket())
+        (waiting,) = await queued(one, ticket())
+        await asyncio.to_thread(own_valkey.kill)
+        with pytest.raises(DependencyUnavailable):
+            await asyncio.wait_for(waiting, WAIT_ON_REDIS_S)
+        with pytest.raises(DependencyUnavailable):
+            await one.admit(ticket())
+        held.release()
+        await restarted(own_valkey)
+        await until(lambda: not one.is_degraded)
+        await granted_in_time(one, ticket())
+
+
+# F24
+
+
+async def test_a_paused_ledger_delays_nobody_and_leases_are_taken_again(own_valkey: Valkey) -> None:
+    async with replica(own_valkey.url, 4, lease_s=1.0) as one:
+        held = [await one.admit(ticket()) for _ in range(3)]
+        own_valkey.pause()
+        lease, took_s = await granted_in_time(one, ticket(), WAIT_ON_REDIS_S)
+        assert took_s <= WAIT_ON_REDIS_S
+        await asyncio.sleep(1.5)  # longer than leases live
+        own_valkey.resume()
+        await until(lambda: not one.is_degraded)
+        await until(lambda: is_told(own_valkey.url, one))
+        assert Dump(own_valkey.url).held["w"] == {*(other.id for other in held), lease.id}
+
+
+async def test_leases_that_expired_in_a_pause_are_not_given_to_others(own_valkey: Valkey) -> None:
+    async with replica(own_valkey.url, 2, replicas=2) as one, replica(own_valkey.url, 2, replicas=2) as two:
+        held = [await one.admit(ticket()), await two.admit(ticket())]
+        own_valkey.pause()
+        await until(lambda: one.is_degraded and two.is_degraded)
+        await asyncio.sleep(2)
+        own_valkey.resume()
+        (waiting,) = await queued(one, ticket())
+        await until(lambda: not (one.is_degraded or two.is_degraded))
+        await until(lambda: is_told(own_valkey.url, one, two))
+        assert {lease.id for lease in held} == Dump(own_valkey.url).held["w"]
+        waiting.cancel()
+
+
+# F25
+
+
+async def test_out_of_memory_refuses_arrivals_whole_and_releases_still_work(own_valkey: Valkey) -> None:
+    async with replica(own_valkey.url, lease_s=15) as one:  # no sync comes to help
+        held = await one.admit(ticket())
+        (waiting,) = await queued(one, ticket())
+        with redis.Redis.from_url(own_valkey.url) as client:
+            client.config_set("maxmemory", 1)
+            before = Dump(own_valkey.url)
+            with pytest.raises(Overloaded):
+                await one.admit(ticket())
+            after = Dump(own_valkey.url)
+            assert (after.held, after.tickets, after.depth) == (before.held, before.tickets, before.depth)
+            held.release()
+            lease = await asyncio.wait_for(waiting, 1)
+            assert Dump(own_valkey.url).held["w"] == {lease.id}
+            client.config_set("maxmemory", 0)
+        assert not one.is_degraded
+        lease.release()
+        await granted_in_time(one, ticket())
+
+
+# F26
+
+
+async def test_a_demoted_primary_is_left_and_found_again(own_valkey: Valkey, valkey: Valkey) -> None:
+    async with replica(own_valkey.url, 2) as one:
+        held = await one.admit(ticket())
+        with redis.Redis.from_url(own_valkey.url) as client:
+            client.execute_command("REPLICAOF", "127.0.0.1", valkey.port)
+            await granted_in_time(one, ticket(), WAIT_ON_REDIS_S)
+            assert one.is_degraded
+            client.execute_command("REPLICAOF", "NO", "ONE")
+        await until(lambda: not one.is_degraded, 5)
+        await until(lambda: is_told(own_valkey.url, one))
+        assert held.id in Dump(own_valkey.url).leases
+
+
+# F27
+
+
+def snapshot(url: str) -> dict[bytes, bytes]:
+    with redis.Redis.from_url(url) as client:
+        return {name: client.dump(name) for name in client.keys("*")}
+
+
+def restore(url: str, saved: dict[bytes, bytes]) -> None:
+    """What a failover to a replica that was behind does: all state is that of an earlier moment."""
+    with redis.Redis.from_url(url) as client, client.pipeline(transaction=True) as pipe:
+        pipe.flushdb()
+        for name, value in saved.items():
+            pipe.restore(name, 0, value)
+        pipe.execute()
+
+
+async def test_a_rolled_back_ledger_is_noticed_and_put_right(valkey: Valkey) -> None:
+    limits = {"replicas": 2, "lease_s": 3}
+    async with replica(valkey.url, 4, **limits) as one, replica(valkey.url, 4, **limits) as two:
+        gone = await one.admit(ticket())
+        kept = await two.admit(ticket())
+        saved = snapshot(valkey.url)
+        gone.release()
+        lost = [await one.admit(ticket()), await two.admit(ticket()), await two.admit(ticket())]
+        await until(lambda: is_told(valkey.url, one, two))
+        restore(valkey.url, saved)
+        (waiting,) = await queued(one, ticket())
+        await until(lambda: is_told(valkey.url, one, two))
+        assert Dump(valkey.url).held["w"] == {kept.id, *(lease.id for lease in lost)}
+        assert not waiting.done()
+        gone.release()
+        assert len(Dump(valkey.url).held["w"]) == 4
+        kept.release()
+        await asyncio.wait_for(waiting, 2)
+
+
+# F28
+
+
+async def test_a_replica_that_is_cut_off_loses_its_slots_and_finds_out(valkey: Valkey, proxy: FaultProxy) -> None:
+    async with replica(proxy.url, 2, lease_s=1.5) as cut, replica(valkey.url, 2, lease_s=1.5) as other:
+        stale = [await cut.admit(ticket()), await cut.admit(ticket())]
+        waiting = await queued(other, ticket(), ticket())
+        proxy.fall_silent()
+        taken = [await asyncio.wait_for(task, 5) for task in waiting]
+        assert cut.is_degraded
+        proxy.heal()
+        await until(lambda: not cut.is_degraded)
+        await until(lambda: gauge(cut, "sluice_leases_fenced_total") == 2)
+        for lease in stale:
+            lease.release()  # frees nothing: the slots are another's now
+        fence = await queued(cut, ticket())
+        assert Dump(valkey.url).held["w"] == {lease.id for lease in taken}
+        taken[0].release()
+        await asyncio.wait_for(fence[0], 2)
+
+
+# F29
+
+
+async def test_a_flushed_ledger_is_rebuilt_from_the_replicas(valkey: Valkey) -> None:
+    async with replica(valkey.url, 2, replicas=2) as one, replica(valkey.url, 2, replicas=2) as two:
+        held = [await one.admit(ticket()), await two.admit(ticket())]
+        waiting = [*await queued(one, ticket()), *await queued(two, ticket())]
+        with redis.Redis.from_url(valkey.url) as client:
+            client.flushall()
+        await until(lambda: is_told(valkey.url, one, two), 5)
+        assert gauge_of_resyncs(one) + gauge_of_resyncs(two) >= 1
+        assert len(Dump(valkey.url).held["w"]) == 2
+        held[0].release()
+        held[1].release()
+        await asyncio.wait_for(asyncio.gather(*waiting), 2)
+
+
+def gauge_of_resyncs(admission: RedisAdmission) -> float:
+    value = admission._metrics._registry.get_sample_value("sluice_ledger_resyncs_total", {"reason": "changed"})
+    return value or 0.0
+
+
+# F30
+
+
+async def test_a_slow_ledger_adds_two_round_trips_at_most(proxy: FaultProxy) -> None:
+    async with replica(proxy.url, 64, lease_s=15) as one:
+        await granted_in_time(one, ticket())
+        proxy.latency_s = 0.1
+        # The worst case: it comes just after a call was sent, and goes with the next one.
+        leases = [asyncio.create_task(granted_in_time(one, ticket(), 2)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        leases += [asyncio.create_task(granted_in_time(one, ticket(), 2)) for _ in range(20)]
+        round_trip_s = 0.2
+        assert max(took_s for _, took_s in await asyncio.gather(*leases)) < 2 * round_trip_s + 0.15
+
+
+async def test_a_busy_ledger_is_left_until_it_is_free(own_valkey: Valkey) -> None:
+    async with replica(own_valkey.url, 2) as one:
+        await one.admit(ticket())
+
+        def keep_busy() -> None:
+            with redis.Redis.from_url(own_valkey.url, socket_timeout=20) as client:
+                client.config_set("busy-reply-threshold", 50)
+                with pytest.raises(redis.ResponseError, match="killed"):
+                    client.eval("while true do end", 0)
+
+        busy = asyncio.create_task(asyncio.to_thread(keep_busy))
+        await asyncio.sleep(0.2)
+        await granted_in_time(one, ticket(), WAIT_ON_REDIS_S)
+        assert one.is_degraded
+        with redis.Redis.from_url(own_valkey.url) as client:
+            client.script_kill()
+        await busy
+        await until(lambda: not one.is_degraded)
+        await until(lambda: is_told(own_valkey.url, one))
+
+
+# F31
+
+
+async def test_a_ledger_that_cannot_save_is_out_of_reach(tmp_path: Path) -> None:
+    directory = tmp_path / "gone"
+    directory.mkdir()
+    with Valkey(directory) as server:
+        async with replica(server.url, without_redis="refuse") as one:
+            (await one.admit(ticket())).release()
+            shutil.rmtree(directory)
+            with redis.Redis.from_url(server.url) as client:
+                client.config_set("save", "3600 1")
+                client.bgsave()
+                await until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+                with pytest.raises(DependencyUnavailable):
+                    await asyncio.wait_for(one.admit(ticket()), WAIT_ON_REDIS_S)
+                client.config_set("save", "")
+            await until(lambda: not one.is_degraded)
+            await granted_in_time(one, ticket())
+
+
+# F32
+
+
+async def test_a_lost_reply_neither_doubles_nor_loses_a_slot(valkey: Valkey, proxy: FaultProxy) -> None:
+    async with replica(proxy.url, 3, lease_s=15) as one:
+        held = [await one.admit(ticket())]
+        for round_ in range(3):
+            proxy.drop_replies(1)
+            held.append((await granted_in_time(one, ticket(), 2 * WAIT_ON_REDIS_S))[0])
+            assert proxy.replies_dropped == round_ + 1
+            await until(lambda: not one.is_degraded)
+            await until(lambda: is_told(valkey.url, one))
+            held.pop(0).release()
+            await until(lambda: is_told(valkey.url, one))
+        assert Dump(valkey.url).held == {"w": {held[0].id}}
+
+
+async def test_a_reset_connection_costs_nobody_his_place(valkey: Valkey, proxy: FaultProxy) -> None:
+    async with replica(proxy.url, replicas=2) as one, replica(valkey.url, replicas=2) as other:
+        held = await other.admit(ticket())
+        waiting = await queued(one, ticket(), ticket())
+        proxy.reset()
+        await until(lambda: one.is_degraded)
+        await until(lambda: not one.is_degraded)
+        await until(lambda: is_told(valkey.url, one, other))
+        held.release()
+        first = await asyncio.wait_for(waiting[0], 2)
+        assert not waiting[1].done()
+        first.release()
+        await asyncio.wait_for(waiting[1], 2)
+
+
+# F33
+
+
+async def test_forgotten_scripts_are_loaded_again(valkey: Valkey) -> None:
+    async with replica(valkey.url, 2) as one:
+        held = await one.admit(ticket())
+        with redis.Redis.from_url(valkey.url) as client:
+            client.script_flush()
+        held.release()
+        await granted_in_time(one, ticket())
+        assert not one.is_degraded
+
+
+# F34
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_an_evicting_server_is_refused_in_one_line(own_valkey: Valkey, policy: str) -> None:
+    with redis.Redis.from_url(own_valkey.url) as client:
+        client.config_set("maxmemory-policy", policy)
+    with pytest.raises(ConfigurationError, match=policy) as refused:
+        async with replica(own_valkey.url):
+            pass
+    assert "\n" not in str(refused.value)
+
+
+async def test_a_cluster_is_refused_in_one_line(tmp_path: Path) -> None:
+    with Valkey(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
+        with pytest.raises(ConfigurationError, match="cluster"):
+            async with replica(server.url):
+                pass
+
+
+# F35
+
+
+async def test_no_grant_reaches_another_through_cancelled_waits(valkey: Valkey, proxy: FaultProxy) -> None:
+    """Each ticket may go to one worker of its own only: the worker is its nonce."""
+    chance = random.Random(7)  # noqa: S311 - a test's dice
+    workers = [f"w{index}" for index in range(25)]
+    async with replica(proxy.url, dict.fromkeys(workers, 2), lease_s=15) as one:
+        proxy.latency_s = 0.01
+
+        async def visit(worker: str) -> None:
+            patience_s = chance.choice((0.0, 0.005, 0.02, 0.03, 5.0))
+            try:
+                async with asyncio.timeout(patience_s):
+                    lease = await one.admit(ticket(worker))
+            except TimeoutError:
+                return
+            assert lease.worker_id == worker
+            await asyncio.sleep(chance.random() / 100)
+            lease.release()
+
+        for _ in range(40):
+            await asyncio.gather(*(visit(chance.choice(workers)) for _ in range(100)))
+        assert not one.is_degraded
+        await until(lambda: is_told(valkey.url, one))
+        assert Dump(valkey.url).leases == set()
+        assert Dump(valkey.url).depth == {}
