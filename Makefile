@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 LOCK   := deploy/locks/gateway.txt
 UV     := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' $(LOCK))
 ARGS   ?=
+EXAMPLES ?= 20000
 
 # TORCH tells where the CPU build of torch is: PyTorch's own index, or --find-links DIRECTORY.
 TORCH   ?= --torch-backend cpu
@@ -18,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -q
 TESTED := --prepare-only --variants dense,w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help up install check lint test bench locks
+.PHONY: help up install check lint test bench fuzz locks
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -49,6 +50,9 @@ test: lint  ## Everything, also with real vLLM workers (prepares their environme
 	$(BIN)/python -m app up $(TESTED)
 	$(PYTEST) -n 3 -m "not vllm"
 	$(PYTEST) -m vllm
+
+fuzz: install  ## Throw much more at the gateway than the tests do (half an hour; EXAMPLES=… for more or less)
+	SLUICE_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/hostile/test_fuzz.py tests/hostile/test_openapi_fuzz.py --timeout 0
 
 bench: install  ## Measure what the gateway costs
 	$(BIN)/python -m loadtest bench $(ARGS)

@@ -4,6 +4,7 @@
     ├── ConfigurationError          start-up or reload; one line for the operator, exit code 2
     ├── LaunchError                 `sluice up` and the offline commands; one line, exit code 1
     └── GatewayError                answered to a client as an OpenAI error object
+        ├── MalformedRequest        400 malformed_request: what arrived is not the HTTP/1.1 it must be
         ├── InvalidJson             400 invalid_json
         ├── InvalidValue            400 invalid_value
         ├── UnsupportedParameter    400 unsupported_parameter
@@ -14,8 +15,11 @@
         ├── MethodNotAllowed        405 method_not_allowed
         ├── RequestTimeout          408 request_timeout
         ├── RequestTooLarge         413 request_too_large
+        ├── UriTooLong              414 uri_too_long
         ├── UnsupportedMediaType    415 unsupported_media_type
         ├── TenantQueueFull         429 tenant_queue_full
+        ├── ExpectationFailed       417 expectation_failed
+        ├── HeadersTooLarge         431 headers_too_large
         ├── InternalError           500 internal_error
         ├── RequestQuarantined      500 request_quarantined
         ├── WorkerLost              502 worker_lost
@@ -107,6 +111,10 @@ class InvalidRequest(GatewayError):
     code = "invalid_value"
 
 
+class MalformedRequest(InvalidRequest):
+    code = "malformed_request"
+
+
 class InvalidJson(InvalidRequest):
     code = "invalid_json"
 
@@ -164,9 +172,24 @@ class RequestTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
+class UriTooLong(InvalidRequest):
+    status = 414
+    code = "uri_too_long"
+
+
 class UnsupportedMediaType(InvalidRequest):
     status = 415
     code = "unsupported_media_type"
+
+
+class ExpectationFailed(InvalidRequest):
+    status = 417
+    code = "expectation_failed"
+
+
+class HeadersTooLarge(InvalidRequest):
+    status = 431
+    code = "headers_too_large"
 
 
 class TenantQueueFull(GatewayError):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import msgspec
 
-from app.errors import InvalidJson, InvalidValue, UnsupportedParameter
+from app import parameters, strict_json
+from app.errors import InvalidValue, ModelNotFound, UnsupportedParameter
+from app.settings import Parameters
 
 
 class Route(StrEnum):
@@ -81,12 +84,15 @@ _PROMPT_FIELDS: dict[Route, tuple[str, ...]] = {
     Route.MESSAGES: ("tools", "system", "messages"),
 }
 
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_RULES = {
+    Route.CHAT: parameters.CHAT,
+    Route.COMPLETIONS: parameters.COMPLETION,
+    Route.RESPONSES: parameters.RESPONSES,
+    Route.MESSAGES: parameters.MESSAGES,
+}
+_DEFAULT_LIMITS = Parameters()
+
 _encode = msgspec.json.Encoder().encode
-
-
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
 
 
 def cache_salt(secret: bytes, tenant: str) -> str:
@@ -127,32 +133,31 @@ class InferenceRequest:
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
 
     @classmethod
-    def parse(cls, body: bytes, *, request_id: str, route: Route, arrived: float) -> InferenceRequest:
-        """The request in `body`. Raises InvalidJson, InvalidValue or UnsupportedParameter.
+    def parse(
+        cls, body: bytes, *, request_id: str, route: Route, arrived: float, limits: Parameters = _DEFAULT_LIMITS
+    ) -> InferenceRequest:
+        """The request in `body`. Raises InvalidJson, InvalidValue, UnsupportedParameter or ModelNotFound.
 
-        Only what the gateway acts on is decoded; every other field, known or not, goes to the worker as it came.
+        The whole body is read, strictly; what the worker gets are still the client's own bytes.
         """
-        fields = _fields(body)
+        fields, values = strict_json.read_object(body)
         refused = REFUSED_FIELDS.intersection(fields)
         if refused:
             name = min(refused)
             raise UnsupportedParameter(f"The parameter {name!r} is not accepted here.", param=name)
-        model = _value(fields, "model", str, None)
-        if not model:
-            raise InvalidValue("you must provide a model parameter", param="model")
-        stream = route in _STREAMING_ROUTES and bool(_value(fields, "stream", bool, False))
-        options = _value(fields, "stream_options", _StreamOptions, None) if stream else None
+        parameters.check(values, _RULES.get(route, parameters.OTHER), limits)
+        stream = route in _STREAMING_ROUTES and bool(values.get("stream"))
         return cls(
             id=request_id,
             route=route,
-            model=model,
+            model=_model(values),
             stream=stream,
-            band=_band(fields),
+            band=_band(values),
             fields=fields,
             prompt_bytes=len(body),
-            client_wants_usage=bool(options and options.include_usage),
+            client_wants_usage=stream and _wants_usage(values),
             arrived=arrived,
-            max_tokens=_max_tokens(fields),
+            max_tokens=_max_tokens(values),
         )
 
     @property
@@ -186,43 +191,37 @@ class InferenceRequest:
         return _encode(fields)
 
 
-def _fields(body: bytes) -> dict[str, msgspec.Raw]:
+def _model(values: Mapping[str, Any]) -> str:
+    model = values.get("model")
+    if model is None:
+        raise InvalidValue("you must provide a model parameter", param="model")
+    if not model:
+        raise ModelNotFound("The model '' does not exist or you do not have access to it.", param="model")
+    return str(model)
+
+
+def _wants_usage(values: Mapping[str, Any]) -> bool:
+    options = values.get("stream_options")
+    if options is None:
+        return False
+    wanted = options.get("include_usage", False) if type(options) is dict else options
+    if wanted is not None and type(wanted) is not bool:
+        raise InvalidValue("stream_options is expected to be an object of flags.", param="stream_options")
+    return bool(wanted)
+
+
+def _band(values: Mapping[str, Any]) -> Band:
+    tier = values.get("service_tier")
     try:
-        return _decode_fields(body)
-    except msgspec.ValidationError:
-        raise InvalidValue("The request body is expected to be a JSON object.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidJson(f"We could not parse the JSON body of your request: {error}") from None
-    except RecursionError:
-        raise InvalidJson("The JSON body of your request is nested too deeply.") from None
+        return _SERVICE_TIERS["auto" if tier is None else tier]
+    except (KeyError, TypeError):
+        raise InvalidValue("Invalid value for 'service_tier'.", param="service_tier") from None
 
 
-def _value(fields: dict[str, msgspec.Raw], name: str, expected: Any, default: Any) -> Any:
-    raw = fields.get(name)
-    if raw is None:
-        return default
-    try:
-        value = msgspec.json.decode(raw, type=expected | None)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidValue(f"Invalid value for {name!r}: {error}", param=name) from None
-    return default if value is None else value
-
-
-def _max_tokens(fields: dict[str, msgspec.Raw]) -> int | None:
-    """A hint for the order of the queue, so a value that makes no sense is the worker's to refuse."""
+def _max_tokens(values: Mapping[str, Any]) -> int | None:
+    """A hint for the order of the queue."""
     for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
-        raw = fields.get(name)
-        if raw is not None:
-            try:
-                return max(1, msgspec.json.decode(raw, type=int))
-            except msgspec.DecodeError:
-                return None
+        value = values.get(name)
+        if type(value) is int:
+            return max(1, value)
     return None
-
-
-def _band(fields: dict[str, msgspec.Raw]) -> Band:
-    tier = _value(fields, "service_tier", str, "auto")
-    try:
-        return _SERVICE_TIERS[tier]
-    except KeyError:
-        raise InvalidValue(f"Invalid value for 'service_tier': {tier[:50]!r}", param="service_tier") from None

@@ -52,7 +52,8 @@ def create_app(settings: Settings) -> ASGIApp:
     api.add_exception_handler(Exception, _internal_error)
     api.openapi = lambda: document(api)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     admin_port = settings.admin.port if settings.admin is not None else None
-    return RequestIds(Errors(Dispatch(InferenceRoutes(), api, OPERATOR_PATHS, admin_port)))
+    inner = Errors(Dispatch(InferenceRoutes(), api, OPERATOR_PATHS, admin_port))
+    return RequestIds(inner, keeps_given=settings.limits.keep_request_ids)
 
 
 def _spare_the_collector() -> None:

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 from starlette.types import Receive, Scope
 
-from app.errors import InvalidValue, RequestTimeout, RequestTooLarge, UnsupportedMediaType
+from app.errors import RequestTooLarge, UnsupportedMediaType
 from app.settings import Limits
 
 
@@ -18,19 +18,13 @@ class ClientGone(Exception):
 
 
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
-    """The whole JSON body. Raises UnsupportedMediaType, RequestTooLarge, RequestTimeout, ClientGone.
+    """The whole JSON body. Raises UnsupportedMediaType, RequestTooLarge, ClientGone.
 
-    A body that is declared too large is refused before a byte of it is read.
+    A body that is declared too large is refused before a byte of it is read. How long it may take is the connection's
+    to judge: it refuses the request and this one is told that its client has gone.
     """
     _check_headers(scope, limits)
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            return await _receive_all(receive, limits.body_bytes)
-    except TimeoutError:
-        raise RequestTimeout(f"The request body did not arrive within {limits.body_timeout_s:g} s.") from None
-
-
-async def _receive_all(receive: Receive, limit: int) -> bytes:
+    limit = limits.body_bytes
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message["body"]
@@ -60,8 +54,6 @@ def _check_headers(scope: Scope, limits: Limits) -> None:
             _check_size(int(value), limits.body_bytes)
         elif name == b"content-encoding" and value.lower() != b"identity":
             raise UnsupportedMediaType("A compressed request body is not accepted.")
-        elif name == b"expect" and value.lower() != b"100-continue":
-            raise InvalidValue("The Expect header is not understood.")
     if content_type.partition(b";")[0].strip().lower() != b"application/json":
         raise UnsupportedMediaType("The request body must be sent as content-type: application/json.")
 

@@ -12,12 +12,15 @@ from starlette.types import Receive, Scope, Send
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
 from app.api.responses import send_reply
-from app.errors import InvalidValue
-from app.inference import InferenceRequest, Route
+from app.errors import InvalidRequest, InvalidValue
+from app.inference import Band, InferenceRequest, Outcome, Route
 from app.runtime import Runtime
-from app.settings import Admission
+from app.settings import Admission, Settings
+from app.telemetry.account import UNRESOLVED
 
-TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
+TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[ -~]{0,128})?")
+TRACE_STATE = re.compile(rb"[ -~]{1,512}")
+TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
 TENANT_HEADER = b"x-sluice-tenant"
@@ -29,7 +32,8 @@ def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes
     traces = []
     for name, value in headers:
         if name in TRACE_HEADERS:
-            traces.append((name, value))
+            if TRACE_HEADERS[name].fullmatch(value):
+                traces.append((name, value))
         elif name == TIMEOUT_HEADER:
             request.deadline = min(request.deadline, request.arrived + _milliseconds(value) / 1000)
         elif name == CLIENT_TIMEOUT_HEADER:
@@ -69,12 +73,25 @@ class InferenceRoutes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived = time.monotonic()
         runtime: Runtime = scope["state"]["runtime"]
-        body = await read_body(scope, receive, runtime.settings.limits)
+        try:
+            body = await read_body(scope, receive, runtime.settings.limits)
+            request = self._request(scope, body, arrived, runtime.settings)
+        except InvalidRequest as error:
+            took_s = time.monotonic() - arrived
+            runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
+            raise
         client = connection_of(scope)
         with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s):
-            request = InferenceRequest.parse(
-                body, request_id=scope["request_id"], route=self.paths[scope["path"]], arrived=arrived
-            )
-            read_headers(request, scope["headers"], runtime.settings.admission)
             with await runtime.gateway.serve(request) as reply:
                 await send_reply(reply, send, client)
+
+    def _request(self, scope: Scope, body: bytes, arrived: float, settings: Settings) -> InferenceRequest:
+        request = InferenceRequest.parse(
+            body,
+            request_id=scope["request_id"],
+            route=self.paths[scope["path"]],
+            arrived=arrived,
+            limits=settings.parameters,
+        )
+        read_headers(request, scope["headers"], settings.admission)
+        return request

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.api.client import ClientGone
 from app.api.inference import InferenceRoutes
 from app.api.protocol import forget, response_of
-from app.api.responses import send_error
+from app.api.refusal import send_error
 from app.errors import GatewayError, InternalError, MethodNotAllowed, RouteNotFound
 from app.telemetry.logs import Log
 
@@ -18,16 +18,21 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
 
 class RequestIds:
-    """Outermost: every answer, also an error's, carries an `x-request-id`. A client's own is kept if it is harmless."""
+    """Outermost: every answer, also an error's, carries an `x-request-id`, made here.
 
-    def __init__(self, app: ASGIApp) -> None:
+    A client's own is taken only with `keeps_given`, and if it is harmless: workers make the engine's ids of it, so two
+    clients must not be able to choose the same.
+    """
+
+    def __init__(self, app: ASGIApp, *, keeps_given: bool) -> None:
         self._app = app
+        self._keeps_given = keeps_given
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _client_request_id(scope) or secrets.token_hex(16).encode()
+        request_id = (self._keeps_given and _client_request_id(scope)) or secrets.token_hex(16).encode()
         scope["request_id"] = request_id.decode()
         response_of(scope).add_header(b"x-request-id", request_id)
         try:

@@ -1,11 +1,10 @@
-"""Answers on the wire: a reply from a worker, or an error in OpenAI's shape."""
+"""A reply from a worker, on the wire."""
 
 from __future__ import annotations
 
 from starlette.types import Send
 
 from app.api.protocol import ClientConnection
-from app.errors import GatewayError
 from app.gateway import Reply
 
 Headers = list[tuple[bytes, bytes]]
@@ -39,16 +38,3 @@ async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None
     await answer.pour(client)
     if answer.is_whole:
         await send({"type": "http.response.body", "body": b""})
-
-
-async def send_error(error: GatewayError, send: Send) -> None:
-    """Answer with `error`; the caller has not sent anything yet."""
-    body = error.body()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"cache-control", b"no-store"),
-        *error.headers(),
-    ]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -57,7 +57,8 @@ def serve(settings: Settings) -> None:
         functools.partial(create_app, settings),
         factory=True,
         loop="uvloop",
-        http=ClientConnection,
+        # uvicorn only ever calls it, with keyword arguments.
+        http=functools.partial(ClientConnection, limits=settings.limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         workers=settings.listen.processes,
@@ -65,6 +66,7 @@ def serve(settings: Settings) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        headers=[("x-content-type-options", "nosniff")],
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_worker_healthcheck=START_TIMEOUT_S,
         timeout_graceful_shutdown=int(settings.drain_timeout_s),

@@ -146,6 +146,7 @@ class Metrics:
             across="livemax",
         )
         self.retries = counter("sluice_retries_total", "Attempts that were repeated on another slot.", "reason")
+        self.refused = counter("sluice_malformed_requests_total", "Requests refused before a route saw them.", "code")
         self.resumes = counter("sluice_resumes_total", "Resumable streams that broke, by what came of it.", "outcome")
         self._series: dict[tuple[str, str, Band], Series] = {}
         self._ends: dict[tuple[str, str, Band, Outcome, str], tuple[Counter, Histogram]] = {}

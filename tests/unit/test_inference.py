@@ -84,7 +84,6 @@ def test_fields_that_are_the_gateways_are_left_out() -> None:
         (b"null", InvalidValue, None),
         (b"[]", InvalidValue, None),
         (b"{}", InvalidValue, "model"),
-        (b'{"model": ""}', InvalidValue, "model"),
         (b'{"model": 7}', InvalidValue, "model"),
         (b'{"model": "m", "stream": "yes"}', InvalidValue, "stream"),
         (b'{"model": "m", "stream": 1}', InvalidValue, "stream"),
@@ -109,7 +108,11 @@ def test_null_means_absent() -> None:
 @pytest.mark.parametrize(
     ("route", "body", "start"),
     [
-        (Route.CHAT, b'{"messages": [1, 2], "n": 1, "tools": ["t"], "model": "m"}', b'["t"][1, 2]'),
+        (
+            Route.CHAT,
+            b'{"messages": [{"role":"user"}], "n": 1, "tools": ["t"], "model": "m"}',
+            b'["t"][{"role":"user"}]',
+        ),
         (Route.CHAT, b'{"model": "m", "messages": null}', b"null"),
         (Route.CHAT, b'{"model": "m"}', b""),
         (Route.COMPLETIONS, b'{"model": "m", "prompt": [5, 6]}', b"[5, 6]"),

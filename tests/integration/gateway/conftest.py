@@ -12,7 +12,10 @@ import pytest_asyncio
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.running import GatewayProcess, model
 
-ROOMY: dict[str, Any] = {"limits": {"body_bytes": 1024 * 1024}, "admission": {"queue_limit": 40}}
+ROOMY: dict[str, Any] = {
+    "limits": {"body_bytes": 1024 * 1024},
+    "admission": {"queue_limit": 40},
+}
 
 
 class House:

@@ -48,7 +48,7 @@ async def posted(
         (b"{", "invalid_json", None),
         (b'{"model":"m"} {}', "invalid_json", None),
         (b"not json", "invalid_json", None),
-        (b'{"model":"m","x":NaN}', "invalid_json", None),
+        (b'{"model":"m","x":NaN}', "invalid_value", "x"),
         ("{}".encode("utf-16"), "invalid_json", None),
         (b"\xef\xbb\xbf{}", "invalid_json", None),
         (b'{"model":"m","x":' + b"[" * 100_000, "invalid_json", None),
@@ -58,9 +58,8 @@ async def posted(
         (b"1", "invalid_value", None),
         (b"{}", "invalid_value", "model"),
         (b'{"model":null}', "invalid_value", "model"),
-        (b'{"model":""}', "invalid_value", "model"),
         (b'{"model":1}', "invalid_value", "model"),
-        (b'{"model":"\\ud800"}', "invalid_json", None),
+        (b'{"model":"\\ud800"}', "invalid_value", "model"),
         (b'{"model":"m","stream":"yes"}', "invalid_value", "stream"),
         (b'{"model":"m","stream":1}', "invalid_value", "stream"),
         (b'{"model":"m","stream":true,"stream_options":[]}', "invalid_value", "stream_options"),
@@ -102,7 +101,7 @@ async def test_a_prompt_that_is_too_long(gateway: GatewayProcess, stream: bool) 
     assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
 
 
-@pytest.mark.parametrize("name", ["nobody", "m:other", "m:", ":v", "x" * 10_000, "../../m", "m\u0000", "<script>"])
+@pytest.mark.parametrize("name", ["", "nobody", "m:other", "m:", ":v", "x" * 10_000, "../../m", "<script>"])
 async def test_an_unknown_model(gateway: GatewayProcess, name: str) -> None:
     status, error = await posted(gateway, json.dumps(chat(model=name)).encode())
     assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")

@@ -7,7 +7,7 @@ import json
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +26,21 @@ class Wire:
     async def send(self, data: bytes) -> None:
         self._writer.write(data)
         await self._writer.drain()
+
+    async def send_slowly(self, data: bytes, pause_s: float) -> None:
+        """Send byte by byte, with a pause after each."""
+        for byte in data:
+            await self.send(bytes([byte]))
+            await asyncio.sleep(pause_s)
+
+    async def rest_while(self, sending: Coroutine[Any, Any, None]) -> bytes:
+        """Everything up to the peer's close, which ends the `sending` that goes on meanwhile."""
+        task = asyncio.ensure_future(sending)
+        try:
+            return await self.rest()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def post(self, path: str, body: Mapping[str, Any] | bytes, headers: Mapping[str, str] = JSON) -> None:
         """Send a whole request; nothing is read."""
