@@ -18,6 +18,22 @@ settings.register_profile("steady", derandomize=True, deadline=None, suppress_he
 settings.load_profile("steady")
 
 
+SLOW = (
+    "tests/e2e/",
+    "tests/integration/faults/",
+    "tests/integration/admission/test_equivalence.py",
+    "tests/integration/admission/test_invariants.py",
+    "tests/hostile/test_openapi_fuzz.py",
+)
+"""What `make check` leaves to `make test`: faults that take their time, long property runs, whole starts."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_leftover_processes() -> Iterator[None]:
     """Set up first, so torn down last: every child that any test or fixture started must be gone by then."""

@@ -76,8 +76,10 @@ class Relay:
         if not self._quarantine:
             return candidates
         self._refuse_quarantined(request)
-        tenant = _tenant_of(request)
-        return (cell_of(tenant, candidates),) if self._quarantine.confines(tenant, self._clock()) else candidates
+        # Requests without a tenant are everybody's: one sender of deadly ones must not confine them all.
+        if request.tenant and self._quarantine.confines(request.tenant, self._clock()):
+            return (cell_of(request.tenant, candidates),)
+        return candidates
 
     async def open(
         self, request: InferenceRequest, slot: Slot, candidates: tuple[str, ...], account: Account

@@ -60,12 +60,15 @@ class Told:
         return self.whole and not self.code
 
 
-def request(content: str = "hi", *, stream: bool = False, **fields: Any) -> InferenceRequest:
+def request(content: str = "hi", *, stream: bool = False, tenant: str = "", **fields: Any) -> InferenceRequest:
     """A chat request for `m`; with `max_tokens` its answer has exactly so many."""
     if "max_tokens" in fields:
         fields["ignore_eos"] = True
     body = {"model": "m", "messages": [{"role": "user", "content": content}], "stream": stream, **fields}
-    return InferenceRequest.parse(json.dumps(body).encode(), request_id="r", route=Route.CHAT, arrived=time.monotonic())
+    raw = json.dumps(body).encode()
+    parsed = InferenceRequest.parse(raw, request_id="r", route=Route.CHAT, arrived=time.monotonic())
+    parsed.tenant = tenant
+    return parsed
 
 
 class House:

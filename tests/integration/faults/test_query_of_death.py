@@ -65,17 +65,26 @@ async def test_f20_the_third_such_request_confines_its_tenant_to_one_worker(pool
     workers = await pool(3)
     async with house(*workers, admission={"no_worker_timeout_s": 0.1}) as home:
         for number in range(3):
-            assert isinstance((await home.ask(f"{KILLER} {number}")).error, RequestQuarantined)
+            assert isinstance((await home.ask(f"{KILLER} {number}", tenant="t")).error, RequestQuarantined)
             await revived(home, workers)
-        cell = cell_of("anonymous", tuple(home.known(worker).id for worker in workers))
+        cell = cell_of("t", tuple(home.known(worker).id for worker in workers))
         for _ in range(5):
-            assert (await home.ask("harmless")).ok
+            assert (await home.ask("harmless", tenant="t")).ok
         assert [attempts(worker, "harmless") for worker in workers] == [
             5 if home.known(worker).id == cell else 0 for worker in workers
         ]
-        fourth = await home.ask(f"{KILLER} 4")
+        fourth = await home.ask(f"{KILLER} 4", tenant="t")
         assert isinstance(fourth.error, NoHealthyWorker)
         assert [home.known(worker).id for worker in workers if worker.crashed] == [cell]
+
+
+async def test_f20_requests_without_a_tenant_are_not_confined_by_one_of_them(pool: MakePool) -> None:
+    workers = await pool(3)
+    async with house(*workers) as home:
+        for number in range(3):
+            assert isinstance((await home.ask(f"{KILLER} {number}")).error, RequestQuarantined)
+            await revived(home, workers)
+        assert len(home.runtime.gateway._relay.screen(request("harmless"), ("a", "b", "c"))) == 3
 
 
 async def test_f20_the_same_words_in_another_body_are_another_request(pool: MakePool) -> None:
