@@ -44,7 +44,7 @@ async def refuses(gateway: GatewayProcess) -> None:
         try:
             async with connected(gateway.url):
                 return False
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ConnectionResetError):  # reset: it closed while this one was in its backlog
             return True
 
     await until(is_closed, "the port is closed")
