@@ -63,7 +63,8 @@ async def gateway_before(directory: Path, *urls: str, resume: bool) -> AsyncIter
     """A gateway with one model, `m`, that the workers at `urls` serve."""
     listed = [{"url": url, "served_model": "m", "max_concurrency": 4} for url in urls]
     models = [{"name": "m", "resume": resume, "variants": [{"name": "dense", "workers": listed}]}]
-    async with GatewayProcess(directory, models) as gateway:
+    # Streams are cut here again and again, on workers that have to stay.
+    async with GatewayProcess(directory, models, relay={"failures_until_ejected": 100}) as gateway:
 
         async def all_ready() -> bool:
             return all(worker["state"] == "ready" for worker in (await gateway.workers()).values())
