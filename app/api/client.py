@@ -10,6 +10,7 @@ from typing import Protocol, Self
 from starlette.types import Receive, Scope
 
 from app.errors import RequestTooLarge, UnsupportedMediaType
+from app.inference import Outcome
 from app.settings import Limits
 
 
@@ -71,7 +72,7 @@ class ClientWatch:
     """Cancels the block when the client leaves, or reads nothing for too long, and then raises ClientGone.
 
     At every stage: while the request waits in the queue, while the worker thinks, for answers that stream and for
-    answers that don't. A client that does not read is disconnected.
+    answers that don't. A client that does not read is disconnected; the cancellation says so in its message.
     """
 
     __slots__ = ("_cancelled", "_connection", "_stall_s", "_task", "_timer")
@@ -103,11 +104,15 @@ class ClientWatch:
         loop = self._task.get_loop()
         since = self._connection.paused_since
         if since is not None and loop.time() - since >= self._stall_s:
+            self._cancel(Outcome.CLIENT_STALLED)
             self._connection.abort()
         else:
             self._timer = loop.call_later(self._stall_s / 2, self._check_stall)
 
     def _leave(self) -> None:
+        self._cancel(Outcome.CANCELLED)
+
+    def _cancel(self, outcome: Outcome) -> None:
         if not self._cancelled:
             self._cancelled = True
-            self._task.cancel()
+            self._task.cancel(outcome)

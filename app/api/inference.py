@@ -93,5 +93,6 @@ class InferenceRoutes:
             arrived=arrived,
             limits=settings.parameters,
         )
+        request.client_id = scope["client_request_id"]
         read_headers(request, scope["headers"], settings.admission)
         return request

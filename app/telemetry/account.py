@@ -140,7 +140,10 @@ class Account:
 
 
 def outcome_of(cause: BaseException | None) -> Outcome:
-    """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it."""
+    """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it.
+
+    Of a client that does not read only who watches it knows: the cancellation carries that outcome as its message.
+    """
     match cause:
         case None:
             return Outcome.COMPLETED
@@ -148,6 +151,8 @@ def outcome_of(cause: BaseException | None) -> Outcome:
             return Outcome.EXPIRED
         case InvalidRequest() | Unavailable():
             return Outcome.REJECTED
+        case asyncio.CancelledError(args=(Outcome.CLIENT_STALLED,)):
+            return Outcome.CLIENT_STALLED
         case asyncio.CancelledError():
             return Outcome.CANCELLED
         case _:
@@ -155,12 +160,14 @@ def outcome_of(cause: BaseException | None) -> Outcome:
 
 
 def code_of(cause: BaseException | None) -> str:
-    """The `code` label: a GatewayError's own, `client_gone` for a cancelled request, empty for a good end."""
+    """The `code` label: a GatewayError's own, of a cancelled request what the client did, empty for a good end."""
     match cause:
         case None:
             return ""
         case GatewayError():
             return cause.code
+        case asyncio.CancelledError(args=(Outcome.CLIENT_STALLED,)):
+            return "client_stalled"
         case asyncio.CancelledError():
             return "client_gone"
         case _:
@@ -182,6 +189,7 @@ class RequestsLog:
         self._log.info(
             "request",
             request_id=request.id,
+            client_request_id=request.client_id,
             route=request.route.value,
             model=request.resolved_model,
             variant=account.variant,
