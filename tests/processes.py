@@ -147,17 +147,25 @@ def _server_binary() -> str:
 
 
 class Valkey:
-    """A real Valkey server on a free port of 127.0.0.1, without persistence unless `options` ask for it."""
+    """A real Valkey server on a free port of 127.0.0.1, without persistence unless `options` ask for it.
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    With `namespace` it runs in that network namespace, at the addresses that its options bind.
+    """
+
+    def __init__(self, directory: Path, *options: str, namespace: str | None = None) -> None:
         self.port = free_port()
+        self._inside = ["ip", "netns", "exec", namespace] if namespace else []
         self._directory = directory
         self._options = options
         self._process: Process | None = None
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return self.url_at("127.0.0.1")
+
+    def url_at(self, address: str) -> str:
+        """Its URL by another of its addresses."""
+        return f"redis://{address}:{self.port}/0"
 
     @property
     def process(self) -> Process:
@@ -170,7 +178,7 @@ class Valkey:
         """Start and wait until it takes connections. Raises RuntimeError with its log when it does not."""
         place = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._directory)]
         volatile = ["--save", "", "--appendonly", "no"]
-        self._process = Process([_server_binary(), *place, *volatile, *self._options])
+        self._process = Process([*self._inside, _server_binary(), *place, *volatile, *self._options])
         self._process.wait_for_line("Ready to accept connections", timeout_s=10)
 
     def kill(self) -> None:

@@ -168,10 +168,14 @@ def reap() -> Call:
 
 
 class Scripts:
-    """The sources of all scripts, and their digests. Their text carries the layout's version in the keys' prefix only:
-    two versions of a script run side by side, each under its own digest."""
+    """The sources of all scripts, and their digests.
 
-    def __init__(self, clock: str | None = None) -> None:
+    Two versions of a script run side by side on one ledger, each under its own digest, as long as `layout` is the same:
+    what the keys hold. It is part of every key, so another layout is another ledger, which counts no lease of this one.
+    """
+
+    def __init__(self, clock: str | None = None, layout: int = LAYOUT) -> None:
+        self.layout = layout
         folder = resources.files("app.admission").joinpath("scripts")
         common = (clock or folder.joinpath("clock.lua").read_text()) + folder.joinpath("queue.lua").read_text()
         self._source = {
@@ -193,7 +197,7 @@ class Ledger:
         self._replica = replica.encode()
         self._rules = _encode(rules)
         self._scripts = scripts
-        self.prefix = f"{{{redis.prefix}}}:{LAYOUT}:"
+        self.prefix = f"{{{redis.prefix}}}:{scripts.layout}:"
         self._channel = f"{self.prefix}grants:{replica}".encode()
         self._connection: Connection | None = None
         self._listener: Connection | None = None
@@ -205,10 +209,10 @@ class Ledger:
         """Connect, check the server, load the scripts, subscribe. Raises LedgerGone, ConfigurationError."""
         await self.close()
         try:
-            self._connection = await self._connect()
+            self._connection = await _connected(self._redis)
             _check_server(await self._ask(b"INFO"), self._redis)
             await self._load()
-            self._listener = await self._connect()
+            self._listener = await _connected(self._redis)
             async with _bounded():
                 await self._listener.send_packed_command(_packed(b"SUBSCRIBE", self._channel), check_health=False)
                 await self._listener.read_response(disable_decoding=True)
@@ -304,23 +308,37 @@ class Ledger:
             await self._ask(b"SCRIPT", b"LOAD", source)
 
     async def _ask(self, *words: bytes) -> Any:
-        connection = self._held()
-        async with _bounded():
-            await connection.send_packed_command(_packed(*words), check_health=False)
-            return await connection.read_response(disable_decoding=True)
+        return await _asked(self._held(), *words)
 
-    async def _connect(self) -> Connection:
-        pool = ConnectionPool.from_url(
-            self._redis.url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=None,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-        )
-        connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
-        async with _bounded():
-            await connection.connect()  # type: ignore[no-untyped-call]
-        return connection
+
+async def check(redis: Redis) -> None:
+    """Raises ConfigurationError for a server that must not hold a ledger; one that is out of reach may come back."""
+    with suppress(LedgerGone):
+        connection = await _connected(redis)
+        try:
+            _check_server(await _asked(connection, b"INFO"), redis)
+        finally:
+            await connection.disconnect(nowait=True)
+
+
+async def _connected(redis: Redis) -> Connection:
+    pool = ConnectionPool.from_url(
+        redis.url,
+        protocol=2,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=None,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+    )
+    connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
+    async with _bounded():
+        await connection.connect()  # type: ignore[no-untyped-call]
+    return connection
+
+
+async def _asked(connection: Connection, *words: bytes) -> Any:
+    async with _bounded():
+        await connection.send_packed_command(_packed(*words), check_health=False)
+        return await connection.read_response(disable_decoding=True)
 
 
 class _bounded:  # noqa: N801 - used as a statement

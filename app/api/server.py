@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import socket
@@ -11,6 +12,7 @@ from types import FrameType
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from app.admission import ledger
 from app.api.app import create_app
 from app.api.protocol import ClientConnection
 from app.catalogue import Catalogue
@@ -51,7 +53,10 @@ def serve(settings: Settings) -> None:
 
     Raises ConfigurationError or LaunchError, before anything is served.
     """
-    Catalogue.of(settings.models)  # each process builds its own; what is wrong with it is better told once, here
+    # Each process builds its own catalogue and asks the ledger's server; what is wrong is better told once, here.
+    Catalogue.of(settings.models)
+    if settings.redis is not None:
+        asyncio.run(ledger.check(settings.redis))
     sockets = _bind_all(settings)
     config = uvicorn.Config(
         functools.partial(create_app, settings),

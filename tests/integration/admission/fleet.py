@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from app import settings
 from app.admission.controller import RedisAdmission
+from app.admission.ledger import Scripts
 from app.admission.roster import QueuedLease
 from app.admission.ticket import Ticket
 from app.inference import Band
@@ -28,7 +29,7 @@ def ticket(*candidates: str, band: Band = Band.DEFAULT, tenant: str = "t", deadl
 
 @asynccontextmanager
 async def replica(
-    url: str, slots: int | dict[str, int] = 1, *, replicas: int = 1, **limits: object
+    url: str, slots: int | dict[str, int] = 1, *, replicas: int = 1, scripts: Scripts | None = None, **limits: object
 ) -> AsyncIterator[RedisAdmission]:
     """A running admission whose leases live for a second and a half, unless told otherwise."""
     configured = settings.Admission(**{"lease_s": 1.5, **limits})
@@ -39,11 +40,17 @@ async def replica(
         Metrics(CollectorRegistry()),
         open_log(settings.Logs(level="error")),
         time.monotonic,
+        scripts,
     )
     async with admission.running():
         for worker, count in (slots if isinstance(slots, dict) else {"w": slots}).items():
             admission.set_slots(worker, count)
         yield admission
+
+
+def gauge(admission: RedisAdmission, name: str, **labels: str) -> float:
+    """A series of this replica; 0 while it is not there."""
+    return admission._metrics._registry.get_sample_value(name, labels) or 0.0
 
 
 async def until(what: Callable[[], bool], timeout_s: float = 10.0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,7 @@ async def test_who_moves_goes_ahead_of_who_waits(valkey: Valkey) -> None:
 
 
 async def test_limits_hold_across_replicas(valkey: Valkey) -> None:
-    limits = {"queue_limit_per_tenant": 2, "queue_limit": 3}
+    limits: dict[str, Any] = {"queue_limit_per_tenant": 2, "queue_limit": 3}
     async with replica(valkey.url, **limits) as one, replica(valkey.url, **limits) as two:
         await one.admit(ticket())
         waiting = [*await queued(one, ticket(tenant="a")), *await queued(two, ticket(tenant="a"))]
