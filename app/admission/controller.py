@@ -39,6 +39,7 @@ from app.telemetry.metrics import Metrics
 
 RETRY_S = 0.5
 ARRIVALS_PER_CALL = 512  # keeps one script call below some ten milliseconds, for all replicas' sake
+DEPARTURES_PER_CALL = 512
 RENEWALS_PER_LEASE = 3
 REAPS_PER_LEASE = 7.5
 SETTLE_MARGIN_S = 1.0
@@ -84,7 +85,10 @@ class SharedDesk:
         return [self.arrivals.pop(lease_id) for lease_id in list(self.arrivals)[:ARRIVALS_PER_CALL]]
 
     def take_departures(self) -> Departures:
-        taken, self.departures = self.departures, Departures.none()
+        """Those for the next call."""
+        taken = self.departures.take(DEPARTURES_PER_CALL)
+        if self.departures:
+            self._due.set()
         return taken
 
     def clear(self) -> None:

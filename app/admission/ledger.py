@@ -137,6 +137,13 @@ class Departures:
     def __bool__(self) -> bool:
         return bool(self.releases or self.cancels)
 
+    def take(self, limit: int) -> Departures:
+        """Take out the first `limit`, leases before tickets: somebody may wait for their slots."""
+        releases, self.releases = self.releases[:limit], self.releases[limit:]
+        left = limit - len(releases)
+        cancels, self.cancels = self.cancels[:left], self.cancels[left:]
+        return Departures(releases, cancels)
+
     def release(self, lease_id: str, worker_id: str, debt: Debt) -> None:
         self.releases.append((lease_id, worker_id, *debt))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -341,3 +343,50 @@ async def test_a_reset_connection_costs_nobody_his_place(valkey: Valkey, proxy: 
         assert not waiting[1].done()
         first.release()
         await asyncio.wait_for(waiting[1], 2)
+
+
+# F35
+
+
+@pytest.mark.parametrize(
+    ("visitors", "visits"),
+    [(100, 40), pytest.param(500, 200, marks=[pytest.mark.slow, pytest.mark.timeout(400)])],
+    ids=["4,000", "100,000"],
+)
+async def test_no_grant_reaches_another_through_cancelled_waits(
+    valkey: Valkey, proxy: FaultProxy, visitors: int, visits: int
+) -> None:
+    """Each ticket may go to one worker of its own only: the worker is its nonce. A round trip takes 50 ms."""
+    chance = random.Random(7)  # noqa: S311 - a test's dice
+    workers = [f"w{index}" for index in range(visitors // 4)]
+    ended: Counter[str] = Counter()
+    bounds = ("queue_limit", "queue_limit_per_tenant", "queue_limit_per_band")
+    limits: dict[str, Any] = dict.fromkeys(bounds, 2 * visitors)
+    async with replica(proxy.url, dict.fromkeys(workers, 2), lease_s=60, **limits) as one:
+        proxy.latency_s = 0.025
+
+        async def visit(worker: str) -> None:
+            patience_s = chance.choice((0.0, 0.02, 0.05, 0.06, 0.1, 5.0))
+            try:
+                async with asyncio.timeout(patience_s):
+                    lease = await one.admit(ticket(worker))
+            except TimeoutError:
+                ended["cancelled"] += 1
+                return
+            assert lease.worker_id == worker
+            ended["granted"] += 1
+            await asyncio.sleep(chance.random() / 100)
+            lease.release()
+
+        async def visitor() -> None:
+            for _ in range(visits):
+                await visit(chance.choice(workers))
+
+        await asyncio.gather(*(visitor() for _ in range(visitors)))
+        assert ended.total() == visitors * visits
+        assert min(ended["cancelled"], ended["granted"]) > visitors * visits / 20
+        assert one._ledger._number > visits / 4  # a busy machine may pause it, but it was the ledger that granted
+        await until(lambda: not one.is_degraded)
+        await until(lambda: is_told(valkey.url, one))
+        assert Dump(valkey.url).leases == set()
+        assert Dump(valkey.url).depth == {}
