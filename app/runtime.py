@@ -13,6 +13,7 @@ from app.admission.local import LocalAdmission
 from app.admission.roster import QueuedAdmission
 from app.admission.ticket import Admission
 from app.catalogue import Catalogue
+from app.drain import Drain
 from app.gateway import Gateway
 from app.inference import Band
 from app.relay.relay import Relay
@@ -38,6 +39,7 @@ class Runtime:
     registry: Registry
     gateway: Gateway
     admission: QueuedAdmission
+    drain: Drain
     gauges: Gauges
     metrics: Metrics
     log: Log
@@ -64,7 +66,10 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
-    runtime = Runtime(settings, catalogue, registry, gateway, admission, gauges, metrics, log, started=time.time())
+    drain = Drain(admission.turn_away)
+    runtime = Runtime(
+        settings, catalogue, registry, gateway, admission, drain, gauges, metrics, log, started=time.time()
+    )
     try:
         async with admission.running(), monitor.running(), gauges.refreshed():
             yield runtime
