@@ -251,9 +251,6 @@ class Limits(Part):
     body_timeout_s: float = Field(30, gt=0, le=600, description="from the headers' end to the body's")
     body_grace_s: float = Field(5, ge=0, le=600, description="before the lowest rate of a body counts")
     body_bytes_per_s: float = Field(16 * 1024, gt=0, description="lowest rate of a body, after the grace")
-    keep_request_ids: bool = Field(
-        False, description="take `x-request-id` from clients: only behind a proxy of one's own that sets it"
-    )
 
 
 class Structured(Part):
