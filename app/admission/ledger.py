@@ -14,17 +14,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha1
 from importlib import resources
+from ssl import SSLContext
 from typing import Any, TypeVar
 
 import msgspec
-from redis.asyncio import Connection, ConnectionPool
+from redis.asyncio import Connection, ConnectionPool, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules
+from app.credentials import TlsContexts, tls_failure
 from app.errors import ConfigurationError
-from app.settings import Redis
+from app.settings import Redis, Tls
 
 LAYOUT = 1
 CALL_TIMEOUT_S = 1.0
@@ -206,6 +208,7 @@ class Ledger:
         self._scripts = scripts
         self.prefix = f"{{{redis.prefix}}}:{scripts.layout}:"
         self._channel = f"{self.prefix}grants:{replica}".encode()
+        self._tls = _context_of(redis)
         self._connection: Connection | None = None
         self._listener: Connection | None = None
         self._number = 0
@@ -216,10 +219,10 @@ class Ledger:
         """Connect, check the server, load the scripts, subscribe. Raises LedgerGone, ConfigurationError."""
         await self.close()
         try:
-            self._connection = await _connected(self._redis)
+            self._connection = await _connected(self._redis, self._tls)
             _check_server(await self._ask(b"INFO"), self._redis)
             await self._load()
-            self._listener = await _connected(self._redis)
+            self._listener = await _connected(self._redis, self._tls)
             async with _bounded():
                 await self._listener.send_packed_command(_packed(b"SUBSCRIBE", self._channel), check_health=False)
                 await self._listener.read_response(disable_decoding=True)
@@ -321,14 +324,18 @@ class Ledger:
 async def check(redis: Redis) -> None:
     """Raises ConfigurationError for a server that must not hold a ledger; one that is out of reach may come back."""
     with suppress(LedgerGone):
-        connection = await _connected(redis)
+        connection = await _connected(redis, _context_of(redis))
         try:
             _check_server(await _asked(connection, b"INFO"), redis)
         finally:
             await connection.disconnect(nowait=True)
 
 
-async def _connected(redis: Redis) -> Connection:
+def _context_of(redis: Redis) -> SSLContext | None:
+    return TlsContexts().of(redis.tls or Tls()) if redis.url.startswith("rediss://") else None
+
+
+async def _connected(redis: Redis, tls: SSLContext | None) -> Connection:
     pool = ConnectionPool.from_url(
         redis.url,
         protocol=2,
@@ -337,6 +344,9 @@ async def _connected(redis: Redis) -> Connection:
         socket_connect_timeout=CONNECT_TIMEOUT_S,
     )
     connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
+    if isinstance(connection, SSLConnection):
+        # redis-py's own would trust the system's authorities beside the one that is configured.
+        connection.ssl_context.context = tls
     async with _bounded():
         await connection.connect()  # type: ignore[no-untyped-call]
     return connection
@@ -368,6 +378,8 @@ class _bounded:  # noqa: N801 - used as a statement
 
 def _shown(error: Exception) -> str:
     """The first word of a server's error: the rest may quote what was sent."""
+    if (distrust := tls_failure(error)) is not None:
+        return distrust
     return str(error).split(maxsplit=1)[0] if isinstance(error, ResponseError) and str(error) else str(error)
 
 

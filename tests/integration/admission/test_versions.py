@@ -126,6 +126,11 @@ async def server_of(version: str) -> AsyncIterator[str]:
     """A server that says this version and agrees to everything else."""
     info = f"# Server\r\nredis_version:{version}\r\nrole:master\r\nmaxmemory_policy:noeviction\r\n".encode()
 
+    serving: set[asyncio.Task[None]] = set()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.add(asyncio.create_task(serve(reader, writer)))
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while count := (await reader.readline())[1:]:
             words = []
@@ -134,8 +139,9 @@ async def server_of(version: str) -> AsyncIterator[str]:
                 words.append((await reader.readexactly(size + 2))[:-2])
             is_info = words[0].upper() == b"INFO"
             writer.write(b"$%d\r\n%b\r\n" % (len(info), info) if is_info else b"+OK\r\n")
-        writer.close()
+        writer.transport.abort()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
     async with server:
         yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+        await asyncio.gather(*serving)

@@ -78,7 +78,7 @@ class GatewayProcess:
         listeners: dict[str, Any] = {"listen": {"port": self.port, **settings.pop("listen", {})}}
         if admin:
             listeners["admin"] = {"port": self.admin_port}
-        defaults = {"logs": {"requests": "all"}, "health": {"probe_interval_s": 0.2}}
+        defaults = {"drain_notice_s": 0, "logs": {"requests": "all"}, "health": {"probe_interval_s": 0.2}}
         config = {**defaults, **settings, **listeners}
         self._config = directory / "gateway.yaml"
         self._config.write_text(yaml.safe_dump({**config, "models": list(models)}), encoding="utf-8")
