@@ -56,6 +56,7 @@ class Wire:
     async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answer = b""
         while data := await reader.read(65536):
+            await self._scissors.flows.wait()
             answer = data if data.startswith(b"HTTP/1.1 ") else answer + data
             end = self._scissors.strike(answer)
             writer.write(data if end is None else data[: len(data) - (len(answer) - end)])
@@ -67,10 +68,15 @@ class Wire:
 
 
 class Scissors:
-    """Cuts one stream after `after` events, the first that gets so far without being finished; 0 cuts nothing."""
+    """Cuts one stream after `after` events, the first that gets so far without being finished; 0 cuts nothing.
+
+    While `flows` is not set, nothing that a worker says arrives, and no connection is cut.
+    """
 
     def __init__(self) -> None:
         self.after = 0
+        self.flows = asyncio.Event()
+        self.flows.set()
 
     def strike(self, answer: bytes) -> int | None:
         """How many bytes of `answer` may pass, when it is the one to cut."""

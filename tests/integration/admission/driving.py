@@ -48,10 +48,12 @@ class Clock:
 class Replica:
     """One gateway process as the ledger sees it: calls scripts, hears grants, remembers nothing."""
 
-    def __init__(self, url: str, name: str, rules: Rules = RULES, replicas: int = 1) -> None:
+    def __init__(
+        self, url: str, name: str, rules: Rules = RULES, replicas: int = 1, scripts: Scripts = SCRIPTS
+    ) -> None:
         self.name = name
         shared = SharedRules(rules, lease_us=LEASE_US, settle_us=SETTLE_US, replicas=replicas)
-        self.ledger = Ledger(Redis(url=url), name, shared, SCRIPTS)
+        self.ledger = Ledger(Redis(url=url), name, shared, scripts)
 
     async def __aenter__(self) -> Self:
         await self.ledger.open()

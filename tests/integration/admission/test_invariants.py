@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from app.admission import ledger
 from app.admission.fairness import Debt, Grant, Kind, Place
 from app.admission.ledger import Answer, Call, Departures, LedgerChanged, LedgerFull
-from tests.integration.admission.driving import LEASE_US, RULES, Clock, Replica
+from tests.integration.admission.driving import LEASE_US, RULES, SCRIPTS, Clock, Replica
 from tests.integration.admission.fleet import PREFIX, Dump
 from tests.processes import Valkey
 
@@ -51,6 +51,7 @@ class Known:
 
 class LedgerMachine(RuleBasedStateMachine):
     url = ""
+    scripts = SCRIPTS
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +256,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def _join(self, name: str) -> None:
         self.born += 1
-        known = self.known[name] = Known(Replica(self.url, f"{name}{self.born}", replicas=len(NAMES)))
+        known = self.known[name] = Known(
+            Replica(self.url, f"{name}{self.born}", replicas=len(NAMES), scripts=self.scripts)
+        )
         self.runner.run(known.replica.ledger.open())
 
     def _sure(self, name: str) -> Known:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from app.settings import Health
 from app.workers.worker import State
 from tests.fakes.engine import Timing
 from tests.integration.faults.asking import MakePool, attempts, spent
@@ -82,12 +85,16 @@ async def test_f09_a_slow_worker_gets_little_and_is_not_ejected(pool: MakePool, 
     slow = workers[0]
     for worker in workers:
         worker.timing = Timing(prefill_s=0.02)
-    async with house(*workers) as home:
+    # What was learnt fades with each look at a worker: as often as by default, not as often as other tests look.
+    async with house(*workers, health={"probe_interval_s": Health().probe_interval_s}) as home:
         slow.inject("slow:10")
+        began = time.monotonic()
         await home.ask_many(20, at_once=at_once, content="learning")
+        assert time.monotonic() - began < 10
         told = await home.ask_many(100, at_once=at_once, content="learnt")
         assert all(one.ok for one in told)
-        assert attempts(slow, "learnt") <= 0.2 * 100 / 4
+        # Far below a fifth of its share, which is 5; of a hundred the slowest one is beyond the 99th percentile.
+        assert attempts(slow, "learnt") <= 1
         assert home.known(slow).condition.state is State.READY
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from app.errors import UpstreamTimeout
+from app.settings import Health, Relay
 from app.workers.worker import State
 from tests.fakes.engine import Timing
 from tests.integration.faults.asking import Client, MakePool, attempts
@@ -57,11 +59,21 @@ async def test_f05_a_stream_of_a_stopped_worker_ends_soon_after(stoppable: FakeW
         await untouched.parts(1)
         assert attempts(other, "untouched") == 1
         stoppable.process.pause()
+        paused = time.monotonic()
         told = await stopped.answered(5)  # the gap limit itself is 60 s
+        # Three probes of 0.1 s that may take 0.2 s each until it is out, 0.3 s more for its streams; twice over.
+        assert time.monotonic() - paused < 2 * (3 * 0.3 + 0.3)
         assert (told.code, told.whole) == ("upstream_stalled", False)
         assert b"[DONE]" not in told.body
         assert (await untouched.answered()).ok
         stoppable.process.resume()
+
+
+def test_f04_f05_the_limits_that_tests_cut_short_are_as_the_matrix_has_them() -> None:
+    health, relay = Health(), Relay()
+    assert health.probe_misses * (health.probe_interval_s + health.probe_timeout_s) <= 9
+    assert relay.first_byte_timeout_s == 120
+    assert (relay.gap_timeout_s, relay.stalled_gap_timeout_s) == (60, 10)
 
 
 async def test_f06_a_dead_engine_behind_a_good_health_route_is_found_out(pool: MakePool) -> None:
