@@ -59,7 +59,7 @@ class Replicas:
 
 
 @asynccontextmanager
-async def running(url: str, directory: Path, lease_s: float) -> AsyncIterator[Replicas]:
+async def running(url: str, directory: Path, lease_s: float, slots: int = 2) -> AsyncIterator[Replicas]:
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(FakeWorker("m"))
         gateways = []
@@ -67,7 +67,7 @@ async def running(url: str, directory: Path, lease_s: float) -> AsyncIterator[Re
             (directory / name).mkdir()
             gateway = GatewayProcess(
                 directory / name,
-                [model("m", worker, max_concurrency=2)],
+                [model("m", worker, max_concurrency=slots)],
                 redis={"url": url},
                 admission={"replicas": 2, "lease_s": lease_s, "trust_tenant_header": True},
             )
@@ -132,6 +132,31 @@ async def test_a_killed_replica_frees_its_slots_and_its_tickets_vanish(replicas:
     await replicas.holds(0, 2)
     await replicas.waits(0)
     assert "doomed" not in replicas.seen()
+
+
+@pytest.mark.slow
+async def test_other_replicas_are_as_quick_when_one_is_killed(valkey: Valkey, tmp_path: Path) -> None:
+    """F36. Loosely, by counts: how many take longer than half as much again as 99 of 100 took before."""
+    async with running(valkey.url, tmp_path, LEASE_S, slots=8) as both:
+        body = chat(model="m", nonce="stuck", x_fault="hang_before")
+        stuck = [asyncio.create_task(both.one.http.post(CHAT, json=body)) for _ in range(4)]
+        await both.worker.wait_for(open=4)
+        before = sorted([await took_s(both) for _ in range(100)])
+        await asyncio.to_thread(both.one.process.kill)
+        after = [await took_s(both) for _ in range(100)]
+        await asyncio.gather(*stuck, return_exceptions=True)
+        limit_s = 1.5 * before[98] + 0.02
+        assert sum(one > limit_s for one in after) <= 10, (before[98], sorted(after)[-12:])
+        await both.holds(0, FREED_S + 1)
+
+
+async def took_s(both: Replicas) -> float:
+    """How long the replica that stays takes for a request; nobody waits for a slot."""
+    began = time.monotonic()
+    answer = await both.ask(both.two, "quick")
+    assert answer.status_code == 200
+    assert float(answer.headers["x-sluice-queue-ms"]) < 1000
+    return time.monotonic() - began
 
 
 async def test_a_replica_that_slept_past_its_leases_frees_nothing_twice(replicas: Replicas) -> None:
