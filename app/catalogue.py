@@ -54,13 +54,14 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
-    """Where a worker of a variant listens, what it calls the model, and how many slots it has."""
+    """Where a worker of a variant listens, what it calls the model, and how many slots it has, at most if it adapts."""
 
     id: str
     host: str
     port: int
     served_model: str
     slots: int
+    adapts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,5 +143,6 @@ def _worker(public_name: str, configured: settings.Worker) -> WorkerAddress:
         host=host.strip("[]"),
         port=int(port),
         served_model=configured.served_model or public_name,
-        slots=configured.max_concurrency,
+        slots=configured.most_slots,
+        adapts=configured.max_concurrency == "auto",
     )

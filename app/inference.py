@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -104,6 +104,10 @@ def cache_salt(secret: bytes, tenant: str) -> str:
     return hmac.digest(secret, tenant.encode(), "sha256").hex()[:32]
 
 
+QueueListener = Callable[[int, int, float], None]
+"""Is told of a request that waits: its position among its tenant's, how many those are, expected wait in seconds."""
+
+
 @dataclass(slots=True, kw_only=True)
 class InferenceRequest:
     """One request for a model.
@@ -113,6 +117,8 @@ class InferenceRequest:
     `deadline` is when the client stops waiting for a first byte, monotonic too. `max_tokens` is what it asked for at
     most. `resolved_model` is the catalogue's name, empty until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's (see `cache_salt`); empty, the cache is shared with everybody whose salt is empty.
+    `on_wait` is told, now and then, how long the queue is while it waits; it is set for a client that
+    `wants_queue_events`.
     """
 
     id: str
@@ -131,6 +137,8 @@ class InferenceRequest:
     deadline: float = float("inf")
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
+    wants_queue_events: bool = False
+    on_wait: QueueListener | None = None
 
     @classmethod
     def parse(

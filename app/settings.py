@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
@@ -66,7 +66,10 @@ class Worker(Part):
 
     url: str
     served_model: str | None = Field(None, description="the name vLLM knows the model by; default: `model:variant`")
-    max_concurrency: int = Field(64, ge=1, le=65536, description="slots: requests this worker holds at once")
+    max_concurrency: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field(
+        64, description="slots: requests this worker holds at once; `auto`: as many as its throughput gains from"
+    )
+    max_num_seqs: int = Field(256, ge=1, le=65536, description="vLLM's own flag: the most that `auto` tries")
 
     @field_validator("url")
     @classmethod
@@ -75,6 +78,10 @@ class Worker(Part):
         if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
             raise ValueError("a worker's url is http://HOST:PORT")
         return url.rstrip("/")
+
+    @property
+    def most_slots(self) -> int:
+        return self.max_num_seqs if self.max_concurrency == "auto" else self.max_concurrency
 
 
 class Variant(Part):
@@ -132,7 +139,11 @@ class Admission(Part):
     no_worker_timeout_s: float = Field(3, ge=0, le=60, description="longest wait while no worker is usable at all")
     ageing_s: float = Field(10, gt=0, le=3600, description="each so many seconds of waiting lift a ticket by one band")
     order_s_per_token: float = Field(
-        0, ge=0, le=10, description="order in a flow: 0 is by arrival; above, each predicted token delays by so much"
+        0.01,
+        ge=0,
+        le=10,
+        description="order in a tenant's flow: shortest first, each predicted token like so much later an arrival;"
+        " 0 is by arrival",
     )
     lease_s: float = Field(15, gt=0, le=300, description="a lease of a replica that fell silent ends after this")
     replicas: int = Field(

@@ -22,7 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules
+from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules, Standing
 from app.errors import ConfigurationError
 from app.settings import Redis
 
@@ -39,7 +39,9 @@ _FLAGS = {
     "sync": " flags=allow-oom",
     "reap": " flags=allow-oom",
     "look": " flags=no-writes,allow-oom",
+    "standing": " flags=no-writes,allow-oom",
 }
+_READS = frozenset({"look", "standing"})
 
 _encode = msgspec.msgpack.Encoder().encode
 T = TypeVar("T")
@@ -78,11 +80,15 @@ class Arrived(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Synced(msgspec.Struct, array_like=True, frozen=True):
-    """Ids of leases that found no slot, and of tickets that do not wait in the ledger (and have to arrive again)."""
+    """Ids of leases that found no slot, and of tickets that do not wait in the ledger (and have to arrive again).
+
+    `steered` are the limits of adaptive workers that another replica sets: (worker, limit).
+    """
 
     epoch: str
     lost: list[str]
     missing: list[str]
+    steered: list[tuple[str, int]] = []
 
 
 class Reaped(msgspec.Struct, array_like=True, frozen=True):
@@ -153,14 +159,25 @@ def depart(departures: Departures) -> Call:
 
 
 def sync(
-    leases: Sequence[tuple[str, str]], tickets: Sequence[str], slots: Sequence[tuple[str, int]], new_epoch: str
+    leases: Sequence[tuple[str, str]],
+    tickets: Sequence[str],
+    slots: Sequence[tuple[str, int]],
+    new_epoch: str,
+    limits: Sequence[tuple[str, int]] = (),
 ) -> Call:
-    """All that the replica holds, waits for and sees; `new_epoch` is used if the ledger has to begin anew."""
-    return Call("sync", _encode((leases, tickets, slots, new_epoch)), Synced)
+    """All that the replica holds, waits for and sees; `new_epoch` is used if the ledger has to begin anew.
+
+    `limits` are those that it would give to adaptive workers, (worker, limit).
+    """
+    return Call("sync", _encode((leases, tickets, slots, new_epoch, limits)), Synced)
 
 
 def look() -> Call:
     return Call("look", _encode(()), Overview)
+
+
+def standing(tickets: Sequence[str]) -> Call:
+    return Call("standing", _encode(tickets), list[Standing])
 
 
 def reap() -> Call:
@@ -273,7 +290,7 @@ class Ledger:
         reply = _decode_reply(packed)
         if reply.status:
             return LedgerChanged()
-        if call.script != "look":
+        if call.script not in _READS:
             self._answered = number
         body = msgspec.msgpack.decode(reply.body, type=call.body)
         if isinstance(body, Synced):

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
+from app.api.queue_events import serve_announced
 from app.api.responses import send_reply
 from app.errors import InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
@@ -24,6 +25,7 @@ TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
 TENANT_HEADER = b"x-sluice-tenant"
+QUEUE_EVENTS_HEADER = b"x-sluice-queue-events"
 TENANT = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -41,6 +43,8 @@ def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes
         elif name == TENANT_HEADER and settings.trust_tenant_header:
             request.tenant = _tenant(value)
             request.weight = settings.weights.get(request.tenant, 1.0)
+        elif name == QUEUE_EVENTS_HEADER:
+            request.wants_queue_events = request.stream and value == b"1"
     request.trace_headers = tuple(traces)
 
 
@@ -82,6 +86,9 @@ class InferenceRoutes:
             raise
         client = connection_of(scope)
         with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s):
+            if request.wants_queue_events:
+                await serve_announced(runtime.gateway, request, send, client)
+                return
             with await runtime.gateway.serve(request) as reply:
                 await send_reply(reply, send, client)
 
