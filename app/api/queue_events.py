@@ -19,14 +19,13 @@ import asyncio
 from types import TracebackType
 from typing import Self
 
-from starlette.types import Send
+from starlette.types import Scope, Send
 
 from app.api.protocol import ClientConnection
-from app.api.responses import STREAM_HEADERS, send_reply
+from app.api.responses import STREAM_HEADERS, end_stream, send_reply
 from app.errors import GatewayError, UpstreamBadResponse
 from app.gateway import Gateway, Reply
 from app.inference import InferenceRequest
-from app.relay.dialect import dialect_of
 
 HEARTBEAT_S = 15.0
 
@@ -79,7 +78,9 @@ class QueueEvents:
         await self._send({"type": "http.response.body", "body": comment, "more_body": True})
 
 
-async def serve_announced(gateway: Gateway, request: InferenceRequest, send: Send, client: ClientConnection) -> None:
+async def serve_announced(
+    gateway: Gateway, request: InferenceRequest, scope: Scope, send: Send, client: ClientConnection
+) -> None:
     """Serve a streaming request whose client wants to hear of its wait. Raises GatewayError."""
     events = QueueEvents(request, send, client)
     try:
@@ -91,8 +92,7 @@ async def serve_announced(gateway: Gateway, request: InferenceRequest, send: Sen
             else:
                 await send_reply(reply, send, client)
     except GatewayError as error:
-        if events.has_begun:
-            client.write(dialect_of(request.route).error_event(error))
+        end_stream(error, request.route, scope, client)
         raise
 
 
