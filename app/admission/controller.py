@@ -16,8 +16,10 @@ from contextlib import asynccontextmanager, suppress
 
 from app import settings
 from app.admission import ledger
+from app.admission.census import Census
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place
 from app.admission.ledger import (
+    CALL_TIMEOUT_S,
     Answer,
     Arrived,
     Call,
@@ -126,11 +128,12 @@ class RedisAdmission(QueuedAdmission):
         roster = Roster(new_name(), metrics, clock)
         self._shared = SharedDesk(roster, self._due, limits.queue_limit + ARRIVALS_PER_CALL)
         super().__init__(limits, roster, self._shared)
-        self._replicas = replicas
         self._metrics = metrics
         self._log = log
         self._clock = clock
         self._renew_s = limits.lease_s / RENEWALS_PER_LEASE
+        settle_s = self._renew_s + 2 * CALL_TIMEOUT_S
+        self._census = Census(replicas, memory_s=limits.lease_s, settle_s=settle_s)
         self._reap_s = limits.lease_s / REAPS_PER_LEASE
         shared_rules = SharedRules(
             self._rules,
@@ -242,7 +245,7 @@ class RedisAdmission(QueuedAdmission):
 
     def share(self, slots: int) -> int:
         """Without the ledger nobody knows what the others grant, so each keeps to its part."""
-        return slots // self._replicas if self.is_degraded else slots
+        return self._census.share(slots) if self.is_degraded else slots
 
     # One tick
 
@@ -314,6 +317,8 @@ class RedisAdmission(QueuedAdmission):
             return
         synced: Synced = answer.body
         self.steered = dict(synced.steered)
+        self._census.heard(synced.replicas, self._clock())
+        self._ledger.expect(self._census.processes)
         lost = frozenset(synced.lost)
         if lost - self._fenced:
             self._log.warning("leases lost, their slots are taken", leases=len(lost - self._fenced))

@@ -83,13 +83,15 @@ class Arrived(msgspec.Struct, array_like=True, frozen=True):
 class Synced(msgspec.Struct, array_like=True, frozen=True):
     """Ids of leases that found no slot, and of tickets that do not wait in the ledger (and have to arrive again).
 
-    `steered` are the limits of adaptive workers that another replica sets: (worker, limit).
+    `steered` are the limits of adaptive workers that another replica sets: (worker, limit). `replicas` are alive, this
+    one included.
     """
 
     epoch: str
     lost: list[str]
     missing: list[str]
     steered: list[tuple[str, int]] = []
+    replicas: int = 1
 
 
 class Reaped(msgspec.Struct, array_like=True, frozen=True):
@@ -209,6 +211,7 @@ class Ledger:
     def __init__(self, redis: Redis, replica: str, rules: SharedRules, scripts: Scripts) -> None:
         self._redis = redis
         self._replica = replica.encode()
+        self._given = rules
         self._rules = _encode(rules)
         self._scripts = scripts
         self.prefix = f"{{{redis.prefix}}}:{LAYOUT}:"
@@ -219,6 +222,12 @@ class Ledger:
         self._number = 0
         self._answered = -1
         self.epoch = ""
+
+    def expect(self, replicas: int) -> None:
+        """So many have to tell what they hold before a ledger that lost it grants again."""
+        if replicas != self._given.replicas:
+            self._given = msgspec.structs.replace(self._given, replicas=replicas)
+            self._rules = _encode(self._given)
 
     async def open(self) -> None:
         """Connect, check the server, load the scripts, subscribe. Raises LedgerGone, ConfigurationError."""

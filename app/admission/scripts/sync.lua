@@ -1,7 +1,7 @@
 -- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch, limits: {worker, limit}}: all that the
 -- replica holds, waits for and sees. It is made so here: leases are renewed, or taken again while there is room; what
 -- the replica does not know is removed. body: {epoch, ids of leases without a slot, ids of tickets that do not wait
--- here, limits that others set: {worker, limit}}.
+-- here, limits that others set: {worker, limit}, how many replicas are alive}.
 
 local leases, tickets, views, new_epoch, limits = payload[1], payload[2], payload[3], payload[4], payload[5]
 local holds, waits, sees = {}, {}, {}
@@ -106,4 +106,4 @@ for _, given in ipairs(limits) do
   end
 end
 grant_all()
-return answer({ current, lost, missing, steered })
+return answer({ current, lost, missing, steered, call('ZCARD', key('alive')) })
