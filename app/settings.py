@@ -13,11 +13,21 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.errors import ConfigurationError
 
+SECRET_MIN_BYTES = 16
 CONFIG_FILE_MAX_BYTES = 4 * 1024 * 1024
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
 TENANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
@@ -57,9 +67,36 @@ class Redis(Part):
 
 
 class Auth(Part):
-    """API keys."""
+    """API keys: from files, and from Redis where there is one.
 
-    enabled: bool = False
+    `secret` is what digests of keys and cache salts are made with, the same on all replicas; better in a file or in
+    the environment (`SLUICE_AUTH__SECRET`) than in the configuration. Another secret makes all keys unknown.
+    """
+
+    enabled: bool | None = Field(None, description="left out: unless all listeners are on loopback")
+    key_files: tuple[Path, ...] = ()
+    secret: SecretStr | None = None
+    secret_file: Path | None = None
+    stale_s: float = Field(86_400, ge=0, description="how long known keys work while their store is out of reach")
+    failures_per_min: int = Field(120, ge=1, le=1_000_000, description="wrong keys of one address, before it gets 429")
+
+    @model_validator(mode="after")
+    def _has_one_secret(self) -> Auth:
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("secret and secret_file are both given")
+        return self
+
+    def read_secret(self) -> bytes:
+        """Empty if there is none. Raises ConfigurationError."""
+        if self.secret_file is None:
+            return self.secret.get_secret_value().encode() if self.secret else b""
+        try:
+            secret = self.secret_file.read_bytes().strip()
+        except OSError as error:
+            raise ConfigurationError(f"{self.secret_file}: {error.strerror or error}") from None
+        if len(secret) < SECRET_MIN_BYTES:
+            raise ConfigurationError(f"{self.secret_file}: a secret has at least {SECRET_MIN_BYTES} bytes")
+        return secret
 
 
 class TenantLimits(Part):
@@ -357,9 +394,15 @@ class Settings(BaseSettings):
             raise ValueError("a worker's url is listed twice")
         if len({tenant.name for tenant in self.tenants}) != len(self.tenants):
             raise ValueError("a tenant is listed twice")
-        if self.auth.enabled:
-            raise ValueError("auth.enabled: this release has no API keys; bind to loopback or put a proxy in front")
         return self
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether keys are asked for: as configured, and otherwise unless all listeners are on loopback."""
+        if self.auth.enabled is not None:
+            return self.auth.enabled
+        hosts = [self.listen.host, *([self.admin.host] if self.admin else [])]
+        return not all(is_loopback(host) for host in hosts)
 
 
 def load_settings(
@@ -377,7 +420,18 @@ def load_settings(
         listen = Listen(**{**settings.listen.model_dump(), **{k: v for k, v in flags.items() if v is not None}})
     except ValidationError as error:
         raise ConfigurationError(f"{where}: {_first_line(error)}") from None
-    return settings.model_copy(update={"listen": listen})
+    # What operators ask for is not for everybody who can reach a public address.
+    admin = settings.admin or (None if is_loopback(listen.host) else Admin())
+    settings = settings.model_copy(update={"listen": listen, "admin": admin})
+    _check_listeners(settings, where)
+    return settings
+
+
+def _check_listeners(settings: Settings, where: str) -> None:
+    if settings.is_guarded and settings.admission.trust_tenant_header:
+        raise ConfigurationError(f"{where}: admission.trust_tenant_header: needs auth: {{enabled: false}}")
+    if settings.admin and settings.admin.port == settings.listen.port:
+        raise ConfigurationError(f"{where}: admin.port: the same as listen.port")
 
 
 def is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import socket
@@ -16,6 +17,7 @@ from app.api.protocol import ClientConnection
 from app.catalogue import Catalogue
 from app.errors import LaunchError
 from app.settings import Settings
+from app.tenancy.stores import require_keys
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # longer than any usual load balancer's, so that it is never us who close under its request
@@ -51,7 +53,11 @@ def serve(settings: Settings) -> None:
 
     Raises ConfigurationError or LaunchError, before anything is served.
     """
-    Catalogue.of(settings.models)  # each process builds its own; what is wrong with it is better told once, here
+    # Each process builds its own of these; what is wrong with them is better told once, here.
+    Catalogue.of(settings.models)
+    settings.auth.read_secret()
+    if settings.is_guarded:
+        asyncio.run(require_keys(settings))
     sockets = _bind_all(settings)
     config = uvicorn.Config(
         functools.partial(create_app, settings),

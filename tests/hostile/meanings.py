@@ -70,7 +70,8 @@ def _engine() -> Iterator[Case]:
         yield bad("B55", {name: {"x": 1}}, name, code=REFUSED)
     yield bad("B55", {"bad_words": ["x"] * 1_000}, "bad_words", what="1,000 bad_words")
     for name in ("cache_salt", "priority", "request_id", "session_id"):
-        yield Case("B54" if name == "cache_salt" else "B55", f"{name} is removed", asking({name: "x"}), (200,))
+        row, what = ("B54", "replaced") if name == "cache_salt" else ("B55", "removed")
+        yield Case(row, f"{name} is {what}", asking({name: "x"}), (200,))
 
 
 def _schemas() -> Iterator[Case]:
