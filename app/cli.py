@@ -235,6 +235,7 @@ def rotate_key(key_id: str, overlap: str, **store: Path | None) -> None:
 
 def with_registrar(work: Callable[[Registrar], Awaitable[T]], *, config: Path | None, file: Path | None) -> T:
     """What `work` brings, done on the keys of `file`, or else where the configuration keeps them."""
+    from app.credentials import server_secret
     from app.settings import load_settings
     from app.tenancy.keys import Pepper
     from app.tenancy.registrar import Registrar
@@ -243,7 +244,7 @@ def with_registrar(work: Callable[[Registrar], Awaitable[T]], *, config: Path | 
     settings = load_settings(config)
 
     async def do() -> T:
-        registrar = Registrar(writable_store(settings, file), Pepper(settings.auth.read_secret()), time.time)
+        registrar = Registrar(writable_store(settings, file), Pepper(server_secret(settings.auth)), time.time)
         try:
             return await work(registrar)
         finally:

@@ -13,6 +13,8 @@ from app.admission.local import LocalAdmission
 from app.admission.roster import QueuedAdmission
 from app.admission.ticket import Admission
 from app.catalogue import Catalogue
+from app.credentials import server_secret
+from app.drain import Drain
 from app.gateway import Gateway
 from app.relay.relay import Relay
 from app.routing.router import Router
@@ -49,6 +51,7 @@ class Runtime:
     directory: Directory
     registrar: Registrar | None
     admission: QueuedAdmission
+    drain: Drain
     gauges: Gauges
     metrics: Metrics
     log: Log
@@ -61,7 +64,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     """A running gateway. Raises ConfigurationError."""
     clock = time.monotonic
     log = open_log(settings.logs)
-    secret = settings.auth.read_secret()
+    secret = server_secret(settings.auth)
     metrics = open_metrics(tuple(tenant.name for tenant in settings.tenants))
     tenants = Tenants(settings.tenants, settings.default_tenant, secret)
     catalogue = Catalogue.of(settings.models)
@@ -78,6 +81,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
+    drain = Drain(admission.turn_away)
     pepper = Pepper(secret)
     stores = stores_of(settings) if settings.is_guarded else []
     directory = Directory(stores, tenants, settings.auth.stale_s, log, clock, time.time)
@@ -95,6 +99,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         directory,
         registrar,
         admission,
+        drain,
         gauges,
         metrics,
         log,

@@ -50,10 +50,13 @@ class Rules:
             self._exact[route.path] = access
 
     def of(self, path: str) -> Access:
-        found = self._exact.get(path)
-        if found is None:
-            found = next((access for pattern, access in self._patterns if pattern.match(path)), Access.TENANT)
-        return found
+        return self._exact.get(path) or self._matched(path) or Access.TENANT
+
+    def is_declared(self, path: str) -> bool:
+        return path in self._exact or self._matched(path) is not None
+
+    def _matched(self, path: str) -> Access | None:
+        return next((access for pattern, access in self._patterns if pattern.match(path)), None)
 
 
 class Guard:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
+from ssl import TLSVersion
 from typing import Any, Protocol
 
 import msgspec
@@ -135,6 +136,7 @@ class RedisKeys:
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
             max_connections=2,
+            **_tls(redis),
         )
         self._keys = f"{{{redis.prefix}}}:keys"
         self._version = f"{self._keys}:version"
@@ -237,6 +239,21 @@ async def require_keys(configured: settings.Settings) -> None:
             "auth is on and there is no key: `sluice keys create --tenant NAME` makes one (with --config FILE, or "
             "--file FILE named in auth.key_files); `auth: {enabled: false}` lets everybody in"
         )
+
+
+def _tls(redis: settings.Redis) -> dict[str, Any]:
+    """TLS as redis-py is told of it: verified always, as everywhere (see `credentials.TlsContexts`)."""
+    if not redis.url.startswith("rediss://"):
+        return {}
+    tls = redis.tls or settings.Tls()
+    return {
+        "ssl_cert_reqs": "required",
+        "ssl_check_hostname": tls.verify == "full",
+        "ssl_min_version": TLSVersion.TLSv1_2,
+        "ssl_ca_certs": tls.ca_file and str(tls.ca_file),
+        "ssl_certfile": tls.cert_file and str(tls.cert_file),
+        "ssl_keyfile": (tls.key_file or tls.cert_file) and str(tls.key_file or tls.cert_file),
+    }
 
 
 def _text(value: bytes | str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.catalogue import Catalogue, Manifest
+from app.credentials import server_secret
 from app.errors import ConfigurationError, ModelNotFound
 from app.settings import is_loopback, load_settings
 
@@ -162,11 +163,11 @@ def test_a_secret_is_read_and_not_shown(tmp_path: Path, monkeypatch: pytest.Monk
     secret = tmp_path / "secret"
     secret.write_text("parrot-of-sixteen-bytes\n")
     settings = load_settings(write(tmp_path, f"auth: {{secret_file: {secret}}}"))
-    assert settings.auth.read_secret() == b"parrot-of-sixteen-bytes"
+    assert server_secret(settings.auth) == b"parrot-of-sixteen-bytes"
     monkeypatch.setenv("SLUICE_AUTH__SECRET", "parrot-in-the-environment")
     told = load_settings(None)
-    assert told.auth.read_secret() == b"parrot-in-the-environment"
+    assert server_secret(told.auth) == b"parrot-in-the-environment"
     assert "parrot" not in repr(told) + str(told.model_dump()) + told.model_dump_json()
-    secret.write_text("short")
-    with pytest.raises(ConfigurationError, match="at least 16 bytes"):
-        settings.auth.read_secret()
+    secret.write_text("two\nlines")
+    with pytest.raises(ConfigurationError, match="one line"):
+        server_secret(settings.auth)
