@@ -23,6 +23,7 @@ from loadtest.prefix import section as prefix_section
 from loadtest.prefix import versions as prefix_versions
 from loadtest.processes import ProcessError
 from loadtest.report import circumstances, figures_table, render, verdicts, with_section
+from loadtest.scenarios.command import COMMANDS
 from loadtest.targets import Target, targets
 
 T = TypeVar("T")
@@ -93,6 +94,10 @@ def prefix_command(rounds: int, conversations: int, kv_mib: int, output: Path | 
         raise click.ClickException(str(error)) from None
     print("\n" + prefix_figures(seen))
     _write(output or RESULTS, prefix_section(seen, plan, prefix_versions()))
+
+
+for command in COMMANDS:
+    main.add_command(command)
 
 
 def _write(file: Path, section: str) -> None:

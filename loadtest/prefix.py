@@ -26,7 +26,7 @@ from app.launcher.machine import Machine, inspect_machine
 from app.launcher.processes import Engine, WorkerOptions, worker_arguments, worker_environment
 from loadtest.client import CHAT_PATH, Address
 from loadtest.conversations import Conversation, Workload, conversations
-from loadtest.processes import ProcessError, free_address, running
+from loadtest.processes import ProcessError, free_address, running, until_workers_ready
 from loadtest.report import circumstances, table
 from loadtest.samples import percentile
 
@@ -242,24 +242,8 @@ async def _gateway(
     file.write_text(yaml.safe_dump(config))
     argv = [sys.executable, "-m", "app", "gateway", "--config", str(file)]
     async with running(argv, os.sched_getaffinity(0), directory / f"{policy}.log"):
-        await _until_all_ready(client, address)
+        await until_workers_ready(client, address, WORKER_READY_S)
         yield address
-
-
-async def _until_all_ready(client: httpx.AsyncClient, gateway: Address) -> None:
-    """Wait until the gateway has proven all its workers. Raises ProcessError."""
-    try:
-        async with asyncio.timeout(WORKER_READY_S):
-            while True:
-                try:
-                    states = (await client.get(f"{gateway.url}/readyz")).json()["workers"].values()
-                    if all(state["state"] == "ready" for state in states):
-                        return
-                except httpx.TransportError:
-                    pass
-                await asyncio.sleep(0.2)
-    except TimeoutError:
-        raise ProcessError(f"the gateway has not seen all workers ready within {WORKER_READY_S:g} s") from None
 
 
 def section(seen: Mapping[str, Seen], plan: PrefixPlan, versions: Mapping[str, str]) -> str:

@@ -1,0 +1,73 @@
+"""The scenarios' commands: `python -m loadtest overload`, and so on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import click
+import uvloop
+
+from app.errors import LaunchError
+from loadtest.processes import ProcessError
+from loadtest.report import circumstances, with_section
+from loadtest.scenarios import overload
+from loadtest.scenarios.goals import Goal, goals_table
+
+T = TypeVar("T")
+RESULTS = Path(__file__).parents[1] / "RESULTS.md"
+
+quick_option = click.option("--quick", is_flag=True, help="Short and small: does it work? Writes no results by itself.")
+output_option = click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}."
+)
+
+
+@click.command("overload")
+@quick_option
+@output_option
+def overload_command(quick: bool, output: Path | None) -> None:
+    """2, 5 and 10 times what the engines can serve: who is served, how soon the others know."""
+    found = _run(overload.measure(overload.OverloadPlan.quick() if quick else overload.OverloadPlan()))
+    body = f"{overload.bands_table(found)}\n{overload.cost_table(found)}\n{overload.method(found)}"
+    _conclude("Overload", overload.goals(found), body, quick=quick, output=output)
+
+
+def _run(work: Awaitable[T]) -> T:
+    """The result of a scenario; SIGTERM ends it as Ctrl-C does, with every process stopped."""
+    try:
+        return uvloop.run(_cancelled_by_sigterm(work))
+    except asyncio.CancelledError:
+        raise click.Abort from None
+    except (ProcessError, LaunchError, TimeoutError) as error:
+        raise click.ClickException(str(error) or type(error).__name__) from None
+
+
+async def _cancelled_by_sigterm(work: Awaitable[T]) -> T:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await work
+
+
+def _conclude(title: str, judged: Sequence[Goal], body: str, *, quick: bool, output: Path | None) -> None:
+    """Print the goals, write the section; exit with 1 for a goal that is missed, in a quick run only for a hard one."""
+    print("\n" + goals_table(judged) + "\n" + body)
+    where = circumstances({})
+    section = (
+        f"# {title}\n\nCommit {where.commit}, {where.date}. {where.processor}, Linux {where.kernel}, Python "
+        f"{where.python}; load average at the end {os.getloadavg()[0]:.2f}.\n\n{goals_table(judged)}\n{body}"
+    )
+    written = output or (None if quick else RESULTS)
+    if written:
+        written.write_text(with_section(written.read_text() if written.exists() else "", section))
+        print(f"written to {written}")
+    if any(not goal.is_met for goal in judged if goal.is_hard or not quick):
+        raise SystemExit(1)
+
+
+COMMANDS = (overload_command,)
