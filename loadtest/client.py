@@ -126,6 +126,8 @@ class Connection(asyncio.Protocol):
         """When the current exchange was due to be sent; latencies count from here."""
         self.tokens = 0
         """Content chunks of the current exchange so far."""
+        self.headers: dict[bytes, bytes] = {}
+        """Of the current answer, names in lower case."""
         self.refusal = b""
         """The beginning of an answer that is none."""
 
@@ -138,7 +140,7 @@ class Connection(asyncio.Protocol):
     def send(self, request: bytes, due_ns: int) -> None:
         """Start an exchange that counts from `due_ns`."""
         self.busy, self.sent_ns, self.tokens = True, due_ns, 0
-        self.refusal = b""
+        self.headers, self.refusal = {}, b""
         self._scanner = self._new_scanner()
         # On a connection that is closing, `on_lost` follows and tells the load that this exchange is lost.
         if not self._transport.is_closing():
@@ -157,6 +159,9 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self._transport.abort()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()

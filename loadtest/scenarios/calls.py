@@ -17,6 +17,7 @@ from loadtest.pacing import NS, Pacer
 from loadtest.scenarios.demand import Ask
 
 MOST_CONNECTIONS = 8_192
+QUEUE_HEADER = b"x-sluice-queue-ms"
 _CODE = re.compile(rb'"code": ?"(\w+)"')
 
 
@@ -25,6 +26,7 @@ class Call:
     """One request and its answer. Times are CLOCK_MONOTONIC ns, 0 for what did not happen.
 
     `code` is the error's, `lost` for an answer that was cut off; empty for a whole answer, and while there is none.
+    `queued_ms` is the wait for a slot as the gateway tells it.
     """
 
     ask: Ask
@@ -35,6 +37,7 @@ class Call:
     status: int = 0
     code: str = ""
     tokens: int = 0
+    queued_ms: float = 0.0
     was_cancelled: bool = False
 
     @property
@@ -202,7 +205,7 @@ class Callers:
         if connection.reusable:
             self._idle[address].append(connection)
         if call is not None:
-            call.status = status
+            call.status, call.queued_ms = status, float(connection.headers.get(QUEUE_HEADER, b"0"))
             self._end(call, "" if status == 200 else _code_in(connection.refusal))
 
     def on_lost(self, connection: Connection) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Sequence
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 import uvloop
@@ -15,10 +16,11 @@ import uvloop
 from app.errors import LaunchError
 from loadtest.processes import ProcessError
 from loadtest.report import circumstances, with_section
-from loadtest.scenarios import overload
+from loadtest.scenarios import fairness, overload
 from loadtest.scenarios.goals import Goal, goals_table
 
 T = TypeVar("T")
+REPLICAS = 3
 RESULTS = Path(__file__).parents[1] / "RESULTS.md"
 
 quick_option = click.option("--quick", is_flag=True, help="Short and small: does it work? Writes no results by itself.")
@@ -33,11 +35,41 @@ output_option = click.option(
 def overload_command(quick: bool, output: Path | None) -> None:
     """2, 5 and 10 times what the engines can serve: who is served, how soon the others know."""
     found = _run(overload.measure(overload.OverloadPlan.quick() if quick else overload.OverloadPlan()))
-    body = f"{overload.bands_table(found)}\n{overload.cost_table(found)}\n{overload.method(found)}"
-    _conclude("Overload", overload.goals(found), body, quick=quick, output=output)
+    _conclude("Overload", overload.goals(found), _overload_body(found), quick=quick, output=output)
 
 
-def _run(work: Awaitable[T]) -> T:
+@click.command("fairness")
+@quick_option
+@output_option
+def fairness_command(quick: bool, output: Path | None) -> None:
+    """One tenant asks for ten times its share; then all ten for twice theirs."""
+    found = _run(fairness.measure(fairness.FairnessPlan.quick() if quick else fairness.FairnessPlan()))
+    _conclude("Fairness", fairness.goals(found), _fairness_body(found), quick=quick, output=output)
+
+
+@click.command("replicas")
+@quick_option
+@output_option
+def replicas_command(quick: bool, output: Path | None) -> None:
+    """Overload and fairness once more, through three gateways that share one Redis."""
+    heavy = overload.OverloadPlan.quick() if quick else overload.OverloadPlan(multiples=(2,))
+    shared = fairness.FairnessPlan.quick() if quick else fairness.FairnessPlan()
+    crowd = _run(overload.measure(replace(heavy, fleet=replace(heavy.fleet, gateways=REPLICAS))))
+    tenants = _run(fairness.measure(replace(shared, fleet=replace(shared.fleet, gateways=REPLICAS))))
+    judged = [*overload.goals(crowd), *fairness.goals(tenants)]
+    body = f"{_overload_body(crowd)}\n{_fairness_body(tenants)}"
+    _conclude("Three replicas", judged, body, quick=quick, output=output)
+
+
+def _overload_body(found: overload.Found) -> str:
+    return f"{overload.bands_table(found)}\n{overload.cost_table(found)}\n{overload.method(found)}"
+
+
+def _fairness_body(found: fairness.Found) -> str:
+    return f"{fairness.tenants_table(found)}\n{fairness.method(found)}"
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
     """The result of a scenario; SIGTERM ends it as Ctrl-C does, with every process stopped."""
     try:
         return uvloop.run(_cancelled_by_sigterm(work))
@@ -47,7 +79,7 @@ def _run(work: Awaitable[T]) -> T:
         raise click.ClickException(str(error) or type(error).__name__) from None
 
 
-async def _cancelled_by_sigterm(work: Awaitable[T]) -> T:
+async def _cancelled_by_sigterm(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -70,4 +102,4 @@ def _conclude(title: str, judged: Sequence[Goal], body: str, *, quick: bool, out
         raise SystemExit(1)
 
 
-COMMANDS = (overload_command,)
+COMMANDS = (overload_command, fairness_command, replicas_command)

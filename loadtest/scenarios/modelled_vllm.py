@@ -140,6 +140,7 @@ class Worker:
             held = sum(other.id != CANARY for other in self._answers)
             line = f"{event} {sequence.id} {time.monotonic_ns()} {held} {self._engine.waiting_most}\n"
             self._witness.write(line.encode())
+            self._engine.waiting_most = 0
 
 
 class Answer:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +18,7 @@ from loadtest.scenarios.calls import Call, Callers
 from loadtest.scenarios.demand import Ask, Sizes, Stream, asks, endless
 from loadtest.scenarios.fleet import Fleet, FleetPlan, fleet
 from loadtest.scenarios.goals import Goal
+from loadtest.scenarios.truth import Sight, look, truth
 
 PRIORITY_SHARE = 0.2
 """Of the capacity, at every multiple."""
@@ -70,7 +70,6 @@ class Wave:
     end_ns: int
     gateway_cores: float
     client_cores: float
-    most_held: int
     most_waiting: int
 
     @property
@@ -86,9 +85,7 @@ class Found:
     capacity: Capacity
     quiet: list[Call]
     waves: list[Wave]
-    arrived_ns: dict[str, int]
-    arrivals: Counter[str]
-    left: dict[str, int]
+    sight: Sight
 
 
 async def measure(plan: OverloadPlan) -> Found:
@@ -96,15 +93,9 @@ async def measure(plan: OverloadPlan) -> Found:
     async with fleet(plan.fleet) as house:
         with Callers() as callers:
             capacity = await measured_capacity(house, callers, plan)
-            print(
-                f"  capacity: {capacity.requests_per_s:.1f} requests/s, {capacity.tokens_per_s:.0f} tokens/s",
-                flush=True,
-            )
             quiet = await _quiet(house, callers, plan, capacity)
             waves = [await _wave(house, callers, plan, capacity, multiple) for multiple in plan.multiples]
-            witness = house.witness
-            left = {**await house.ledger(), **await house.queue_view()}
-            return Found(plan, capacity, quiet, waves, witness.arrived_ns, witness.arrivals, left)
+            return Found(plan, capacity, quiet, waves, await look(house))
 
 
 async def measured_capacity(house: Fleet, callers: Callers, plan: OverloadPlan) -> Capacity:
@@ -152,13 +143,11 @@ async def _wave(house: Fleet, callers: Callers, plan: OverloadPlan, capacity: Ca
     light = [Stream(QUIET_SHARE * capacity.requests_per_s, patience_s=plan.patience_s)]
     after = asks(f"x{multiple}-after", light, plan.after_s, plan.sizes, plan.seed)
     after = [replace(ask, due_s=ask.due_s + length_s) for ask in after]
-    house.witness.forget_peaks()
     meter = CpuMeter(house)
     begin_ns = time.monotonic_ns()
     calls = await play(house, callers, [*heavy, *after], plan.seed)
     gateway_cores, client_cores = meter.read()
     await callers.settled(SETTLE_S)
-    records = house.witness.records.values()
     wave = Wave(
         multiple,
         calls[: len(heavy)],
@@ -167,8 +156,7 @@ async def _wave(house: Fleet, callers: Callers, plan: OverloadPlan, capacity: Ca
         begin_ns + round(length_s * NS),
         gateway_cores,
         client_cores,
-        max(record.most_held for record in records),
-        max(record.most_waiting for record in records),
+        house.witness.most_waiting,
     )
     print(f"  {multiple} ×: {dict(summary.endings(wave.measured))}", flush=True)
     return wave
@@ -194,16 +182,7 @@ def goals(found: Found) -> list[Goal]:
     for wave in found.waves:
         judged += _goals_of(wave, found, usual)
     everything = [call for wave in found.waves for call in [*wave.calls, *wave.after]]
-    late = summary.dispatched_late(everything, found.arrived_ns)
-    twice = sum(count > 1 for count in found.arrivals.values())
-    held = max(wave.most_held for wave in found.waves)
-    return [
-        *judged,
-        Goal("dispatched after their deadline", "=", 0, late, is_hard=True),
-        Goal("dispatched twice", "=", 0, twice, is_hard=True),
-        Goal("most requests that an engine held at once", "≤", found.plan.fleet.slots, held, is_hard=True),
-        Goal("leases, tickets, slots and waits left at the end", "=", 0, sum(found.left.values()), is_hard=True),
-    ]
+    return [*judged, *truth([*found.quiet, *everything], found.sight, found.plan.fleet.slots)]
 
 
 def _goals_of(wave: Wave, found: Found, usual_s: float | None) -> list[Goal]:
@@ -227,7 +206,7 @@ def _goals_of(wave: Wave, found: Found, usual_s: float | None) -> list[Goal]:
     if wave.multiple == 2:
         priority = summary.of_band(calls, "priority")
         share = summary.served_share(priority)
-        wait = summary.p(summary.waits_s(priority, found.arrived_ns), 0.99)
+        wait = summary.p(summary.waits_s(priority, found.sight.arrived_ns), 0.99)
         judged += [
             Goal(f"{name}: priority served", "≥", 99.9, None if share is None else 100 * share, " %", 1),
             Goal(f"{name}: priority's wait for a slot, p99", "≤", 250, _ms(wait), " ms"),
@@ -253,7 +232,7 @@ def bands_table(found: Found) -> str:
 
 def _band_row(load: str, band: str, calls: list[Call], found: Found) -> list[str]:
     ends = summary.endings(calls)
-    waits, ttfts = summary.waits_s(calls, found.arrived_ns), summary.ttfts_s(calls)
+    waits, ttfts = summary.waits_s(calls, found.sight.arrived_ns), summary.ttfts_s(calls)
     refused = sum(ends[code] for code in summary.REFUSED_AT_ONCE)
     counts = (len(calls), ends["served"], refused, ends[summary.WAITED_IN_VAIN])
     times = (summary.p(waits, 0.5), summary.p(waits, 0.99), summary.p(ttfts, 0.5), summary.p(ttfts, 0.99))

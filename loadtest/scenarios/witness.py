@@ -1,8 +1,8 @@
 """What the workers themselves saw: each tells of every chat request that arrives and ends, over a connection.
 
 Lines: `worker ADDRESS` first, then `arrived|ended|aborted NAME NANOSECONDS HELD WAITING`, where HELD are the requests
-in the worker just after, and WAITING the most that its engine ever left waiting. Nothing is lost when a worker is
-killed: what it had told is here, and what it held is known.
+in the worker just after, and WAITING the most that its engine left waiting since the line before. Nothing is lost when
+a worker is killed: what it had told is here, and what it held is known.
 """
 
 from __future__ import annotations
@@ -42,10 +42,20 @@ class Witness:
     def held(self) -> int:
         return sum(len(record.held) for record in self.records.values())
 
+    @property
+    def most_held(self) -> int:
+        """By any one worker at once."""
+        return max((record.most_held for record in self.records.values()), default=0)
+
+    @property
+    def most_waiting(self) -> int:
+        """Left waiting by any one engine."""
+        return max((record.most_waiting for record in self.records.values()), default=0)
+
     def forget_peaks(self) -> None:
         """Let the highest numbers start again."""
         for record in self.records.values():
-            record.most_held = len(record.held)
+            record.most_held, record.most_waiting = len(record.held), 0
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:

@@ -45,8 +45,11 @@ def test_waits_count_from_due_to_the_worker() -> None:
     assert summary.waits_s(CALLS, {"a": round(1.25 * NS), "zz": 0}) == [pytest.approx(0.25)]
 
 
-def test_late_is_what_reached_a_worker_after_its_patience() -> None:
-    assert summary.dispatched_late(CALLS, {"a": round(3.02 * NS), "b": round(3.2 * NS)}) == 1
+def test_late_is_what_reached_an_engine_or_was_granted_after_its_patience() -> None:
+    assert summary.late_at_engine(CALLS, {"a": round(3.02 * NS), "b": round(3.2 * NS)}) == 1
+    slow = call("s", 1, 4, 5)
+    slow.queued_ms = 2051
+    assert (summary.granted_late(CALLS), summary.granted_late([*CALLS, slow])) == (0, 1)
 
 
 def test_jains_index() -> None:
