@@ -151,12 +151,17 @@ class Callers:
             self.on_end = before
         return calls
 
-    def cancel(self, call: Call) -> None:
-        """Leave: close the connection while the answer is awaited. Nothing happens if it is over."""
+    def under_way_at(self, address: Address) -> int:
+        return sum(self._at.get(connection) == address for connection in self._calls)
+
+    def cancel(self, call: Call) -> bool:
+        """Leave: close the connection while the answer is awaited. False if there is none to be left."""
         connection = self._lines.get(call)
-        if connection is not None:
-            call.was_cancelled = True
-            connection.abort()
+        if connection is None or call.was_cancelled:
+            return False
+        call.was_cancelled = True
+        connection.abort()
+        return True
 
     async def settled(self, timeout_s: float) -> None:
         """Wait until no call is under way. Raises TimeoutError."""
@@ -201,12 +206,15 @@ class Callers:
 
     def on_answer(self, connection: Connection, status: int, now_ns: int) -> None:
         call = self._calls.pop(connection, None)
-        address = self._at[connection]
+        if call is None or call.was_cancelled:
+            # Who has left may find the rest of the answer in what was read already; it left all the same.
+            if call is not None:
+                self._end(call, "cancelled")
+            return
         if connection.reusable:
-            self._idle[address].append(connection)
-        if call is not None:
-            call.status, call.queued_ms = status, float(connection.headers.get(QUEUE_HEADER, b"0"))
-            self._end(call, "" if status == 200 else _code_in(connection.refusal))
+            self._idle[self._at[connection]].append(connection)
+        call.status, call.queued_ms = status, float(connection.headers.get(QUEUE_HEADER, b"0"))
+        self._end(call, "" if status == 200 else _code_in(connection.refusal))
 
     def on_lost(self, connection: Connection) -> None:
         address = self._at.pop(connection, None)

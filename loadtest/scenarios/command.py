@@ -16,7 +16,7 @@ import uvloop
 from app.errors import LaunchError
 from loadtest.processes import ProcessError
 from loadtest.report import circumstances, with_section
-from loadtest.scenarios import fairness, overload
+from loadtest.scenarios import churn, fairness, overload
 from loadtest.scenarios.goals import Goal, goals_table
 
 T = TypeVar("T")
@@ -61,6 +61,18 @@ def replicas_command(quick: bool, output: Path | None) -> None:
     _conclude("Three replicas", judged, body, quick=quick, output=output)
 
 
+@click.command("churn")
+@quick_option
+@output_option
+@click.option("--requests", type=click.IntRange(1_000, 1_000_000), help="Default: 100,000; 2,000 with --quick.")
+def churn_command(quick: bool, output: Path | None, requests: int | None) -> None:
+    """A third of all clients leave, workers and a gateway are killed: what is left in the end?"""
+    plan = churn.ChurnPlan(requests=requests or (2_000 if quick else 100_000))
+    found = _run(churn.measure(plan))
+    body = f"{churn.endings_table(found)}\n{churn.method(found)}"
+    _conclude("Churn", churn.goals(found), body, quick=quick, output=output)
+
+
 def _overload_body(found: overload.Found) -> str:
     return f"{overload.bands_table(found)}\n{overload.cost_table(found)}\n{overload.method(found)}"
 
@@ -102,4 +114,4 @@ def _conclude(title: str, judged: Sequence[Goal], body: str, *, quick: bool, out
         raise SystemExit(1)
 
 
-COMMANDS = (overload_command, fairness_command, replicas_command)
+COMMANDS = (overload_command, fairness_command, replicas_command, churn_command)

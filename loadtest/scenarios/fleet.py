@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import redis.asyncio
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from app.launcher.processes import valkey
 from app.launcher.serving import find_valkey
@@ -83,6 +84,7 @@ class Fleet:
         self.gateways: list[Process] = []
         self._directory = directory
         self._socket = directory / "valkey.sock"
+        self._processes: list[Process] = []
         self._started = 0
 
     @property
@@ -126,6 +128,7 @@ class Fleet:
         argv += ["--witness", str(self.witness.port), "--shape", shape]
         engine = Process(argv, self._directory / f"engine-{address.port}.log", address)
         self.engines.append(engine)
+        self._processes.append(engine)
         await engine.start()
 
     async def add_gateway(self) -> Process:
@@ -137,9 +140,10 @@ class Fleet:
         argv = [sys.executable, "-m", "app", "gateway", "--config", str(file)]
         gateway = Process(argv, file.with_suffix(".log"), address)
         await gateway.start()
-        self.gateways.append(gateway)
+        self._processes.append(gateway)
         async with httpx.AsyncClient(timeout=5) as client:
             await until_workers_ready(client, address, READY_S)
+        self.gateways.append(gateway)
         return gateway
 
     async def kill_gateway(self, gateway: Process) -> None:
@@ -167,7 +171,7 @@ class Fleet:
         return mine
 
     async def _stop_all(self) -> None:
-        await asyncio.gather(*(process.stop() for process in [*self.gateways, *self.engines]))
+        await asyncio.gather(*(process.stop() for process in self._processes))
 
     async def ledger(self) -> dict[str, int]:
         """What Redis itself holds: leases and waiting tickets, counted from the keys that `scripts/queue.lua` names."""
@@ -187,6 +191,14 @@ class Fleet:
             "slots held": sum(worker["slots_held"] for worker in view["workers"]),
             "waiting": sum(flow["depth"] for flow in view["flows"]),
         }
+
+    async def in_flight(self) -> float:
+        """Requests under way by the gateways' own gauges."""
+        async with httpx.AsyncClient(timeout=5) as client:
+            pages = [(await client.get(f"{door.url}/metrics")).raise_for_status().text for door in self.doors]
+        families = [family for page in pages for family in text_string_to_metric_families(page)]
+        samples = [sample for family in families for sample in family.samples]
+        return sum(sample.value for sample in samples if sample.name == "sluice_requests_in_flight")
 
 
 @asynccontextmanager

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from loadtest.client import Address
+
 
 @dataclass(slots=True)
 class Record:
@@ -41,6 +43,14 @@ class Witness:
     @property
     def held(self) -> int:
         return sum(len(record.held) for record in self.records.values())
+
+    @property
+    def deaths(self) -> int:
+        return sum(record.deaths for record in self.records.values())
+
+    def held_by(self, worker: Address) -> int:
+        record = self.records.get(f"{worker.host}:{worker.port}")
+        return len(record.held) if record else 0
 
     @property
     def most_held(self) -> int:
