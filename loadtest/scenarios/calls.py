@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from loadtest.client import Address, Connection, connect
+from loadtest.client import Address, Connection, Scanner, StampScanner, connect
 from loadtest.pacing import NS, Pacer
 from loadtest.scenarios.demand import Ask
 
@@ -56,8 +56,10 @@ class Call:
 class Callers:
     """Places calls over kept connections, and hears how they end. Enter before use; leaving it cuts what is left."""
 
-    def __init__(self, *, model: str = "m", on_end: Callable[[Call], None] = lambda call: None) -> None:
-        self._model = model
+    def __init__(
+        self, *, scanner: type[Scanner] = StampScanner, on_end: Callable[[Call], None] = lambda call: None
+    ) -> None:
+        self._scanner = scanner
         self.on_end = on_end
         self.on_progress: Callable[[Call], None] = lambda call: None
         self._idle: dict[Address, deque[Connection]] = defaultdict(deque)
@@ -176,7 +178,7 @@ class Callers:
 
     async def _connect_and_send(self, call: Call, address: Address) -> None:
         try:
-            connection = await connect(self, address)
+            connection = await connect(self, address, self._scanner)
         except (OSError, TimeoutError):
             self._end(call, "no_connection")
             return
@@ -187,7 +189,7 @@ class Callers:
         call.sent_ns = time.monotonic_ns()
         self._calls[connection] = call
         self._lines[call] = connection
-        connection.send(call.ask.encode(address, self._model), call.due_ns)
+        connection.send(call.ask.encode(address), call.due_ns)
 
     def _end(self, call: Call, code: str) -> None:
         call.ended_ns, call.code = time.monotonic_ns(), code

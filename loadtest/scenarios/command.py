@@ -16,12 +16,14 @@ import uvloop
 from app.errors import LaunchError
 from loadtest.processes import ProcessError
 from loadtest.report import circumstances, with_section
-from loadtest.scenarios import churn, fairness, overload
+from loadtest.scenarios import churn, fairness, overload, real
 from loadtest.scenarios.goals import Goal, goals_table
+from loadtest.vllm_worker import versions
 
 T = TypeVar("T")
 REPLICAS = 3
 RESULTS = Path(__file__).parents[1] / "RESULTS.md"
+PICTURE = RESULTS.with_name("ttft-at-twice-the-capacity.svg")
 
 quick_option = click.option("--quick", is_flag=True, help="Short and small: does it work? Writes no results by itself.")
 output_option = click.option(
@@ -73,6 +75,17 @@ def churn_command(quick: bool, output: Path | None, requests: int | None) -> Non
     _conclude("Churn", churn.goals(found), body, quick=quick, output=output)
 
 
+@click.command("vllm")
+@output_option
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), default=PICTURE, show_default=False)
+def vllm_command(output: Path | None, picture: Path) -> None:
+    """Twice the capacity of one real vLLM worker, through the gateway and straight to it (2.5 GiB, 8 minutes)."""
+    found = _run(real.measure(real.RealPlan()))
+    picture.write_text(real.picture(found))
+    body = f"{real.roads_table(found)}\n{real.method(found, versions())}"
+    _conclude("Overload of a real vLLM worker", [], body, quick=False, output=output)
+
+
 def _overload_body(found: overload.Found) -> str:
     return f"{overload.bands_table(found)}\n{overload.cost_table(found)}\n{overload.method(found)}"
 
@@ -100,11 +113,12 @@ async def _cancelled_by_sigterm(work: Coroutine[Any, Any, T]) -> T:
 
 def _conclude(title: str, judged: Sequence[Goal], body: str, *, quick: bool, output: Path | None) -> None:
     """Print the goals, write the section; exit with 1 for a goal that is missed, in a quick run only for a hard one."""
-    print("\n" + goals_table(judged) + "\n" + body)
+    text = f"{goals_table(judged)}\n{body}" if judged else body
+    print("\n" + text)
     where = circumstances({})
     section = (
         f"# {title}\n\nCommit {where.commit}, {where.date}. {where.processor}, Linux {where.kernel}, Python "
-        f"{where.python}; load average at the end {os.getloadavg()[0]:.2f}.\n\n{goals_table(judged)}\n{body}"
+        f"{where.python}; load average at the end {os.getloadavg()[0]:.2f}.\n\n{text}"
     )
     written = output or (None if quick else RESULTS)
     if written:
@@ -114,4 +128,4 @@ def _conclude(title: str, judged: Sequence[Goal], body: str, *, quick: bool, out
         raise SystemExit(1)
 
 
-COMMANDS = (overload_command, fairness_command, replicas_command, churn_command)
+COMMANDS = (overload_command, fairness_command, replicas_command, churn_command, vllm_command)

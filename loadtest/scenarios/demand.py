@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from loadtest.client import CHAT_PATH, Address
 from loadtest.pacing import NS, poisson_times
 
+MODEL = "m"
 BYTES_PER_TOKEN = 4
 
 
@@ -25,11 +26,14 @@ class Ask:
     output_tokens: int
     patience_s: float
 
-    def encode(self, address: Address, model: str = "m") -> bytes:
+    def named(self, name: str) -> Ask:
+        return replace(self, name=name)
+
+    def encode(self, address: Address) -> bytes:
         """The whole request as it goes on the wire; the message begins with the name, so no prompt is like another."""
         filling = "word " * (self.prompt_tokens * BYTES_PER_TOKEN // 5 + 1)
         body = {
-            "model": model,
+            "model": MODEL,
             "messages": [{"role": "user", "content": f"{self.name} {filling}"[: self.prompt_tokens * BYTES_PER_TOKEN]}],
             "max_tokens": self.output_tokens,
             "temperature": 0,
@@ -86,7 +90,7 @@ def asks(label: str, streams: Sequence[Stream], seconds: float, sizes: Sizes, se
             tenant = chance.choice(stream.tenants)
             found.append(Ask("", at_ns / NS, stream.band, tenant, prompt, output, stream.patience_s))
     found.sort(key=lambda ask: ask.due_s)
-    return [replace(ask, name=f"{label}-{number}") for number, ask in enumerate(found)]
+    return [ask.named(f"{label}-{number}") for number, ask in enumerate(found)]
 
 
 def endless(label: str, sizes: Sizes, seed: int, patience_s: float = 60.0) -> Iterator[Ask]:

@@ -30,13 +30,17 @@ READY_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class FleetPlan:
-    """What is started. `slots` of each worker are what the gateways may hold there; settings are a gateway's own."""
+    """What is started. `slots` of each worker are what the gateways may hold there; settings are a gateway's own.
+
+    `outside` are workers of the model `m` that run already.
+    """
 
     engines: int = 4
     gateways: int = 1
     shape: EngineShape = field(default_factory=EngineShape)
     slots: int = 8
     settings: Mapping[str, object] | None = None
+    outside: tuple[Address, ...] = ()
 
 
 class Process:
@@ -93,7 +97,7 @@ class Fleet:
 
     @property
     def worker_addresses(self) -> list[Address]:
-        return [engine.address for engine in self.engines]
+        return [*self.plan.outside, *(engine.address for engine in self.engines)]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
