@@ -13,6 +13,8 @@ import msgspec
 from app import parameters, strict_json
 from app.errors import InvalidValue, ModelNotFound, UnsupportedParameter
 from app.settings import Parameters
+from app.tenant import ANONYMOUS, Tenant
+from app.tenant import Band as Band  # as much a noun of requests
 
 
 class Route(StrEnum):
@@ -29,15 +31,6 @@ class Route(StrEnum):
     SCORE = "/v1/score"
 
 
-class Band(StrEnum):
-    """Priority class, highest first."""
-
-    PRIORITY = "priority"
-    DEFAULT = "default"
-    FLEX = "flex"
-    BATCH = "batch"
-
-
 class Outcome(StrEnum):
     """How a request ended. Every request ends in exactly one."""
 
@@ -46,6 +39,8 @@ class Outcome(StrEnum):
     EXPIRED = "expired"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    CLIENT_STALLED = "client_stalled"
+    """The client read nothing for too long and was disconnected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +108,7 @@ class InferenceRequest:
     `deadline` is when the client stops waiting for a first byte, monotonic too. `max_tokens` is what it asked for at
     most. `resolved_model` is the catalogue's name, empty until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's (see `cache_salt`); empty, the cache is shared with everybody whose salt is empty.
+    `id` is the gateway's own, never used before; `client_id` what the client calls the request, for logs only.
     """
 
     id: str
@@ -126,11 +122,11 @@ class InferenceRequest:
     arrived: float
     resolved_model: str = ""
     max_tokens: int | None = None
-    tenant: str = ""
-    weight: float = 1.0
+    tenant: Tenant = ANONYMOUS
     deadline: float = float("inf")
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
+    client_id: str = ""
 
     @classmethod
     def parse(

@@ -13,14 +13,16 @@ from app.admission.local import LocalAdmission
 from app.admission.roster import QueuedAdmission
 from app.admission.ticket import Admission
 from app.catalogue import Catalogue
+from app.drain import Drain
 from app.gateway import Gateway
-from app.inference import Band
 from app.relay.relay import Relay
 from app.routing.router import Router
 from app.settings import Health, Settings
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_log
 from app.telemetry.metrics import Metrics, open_metrics
+from app.tenancy.tenants import Tenants
+from app.tenant import Band
 from app.workers.capacity import open_slots
 from app.workers.monitor import Monitor
 from app.workers.registry import Registry
@@ -37,7 +39,9 @@ class Runtime:
     catalogue: Catalogue
     registry: Registry
     gateway: Gateway
+    tenants: Tenants
     admission: QueuedAdmission
+    drain: Drain
     gauges: Gauges
     metrics: Metrics
     log: Log
@@ -64,7 +68,11 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
-    runtime = Runtime(settings, catalogue, registry, gateway, admission, gauges, metrics, log, started=time.time())
+    drain = Drain(admission.turn_away)
+    tenants = Tenants(settings.tenants, settings.default_tenant)
+    runtime = Runtime(
+        settings, catalogue, registry, gateway, tenants, admission, drain, gauges, metrics, log, started=time.time()
+    )
     try:
         async with admission.running(), monitor.running(), gauges.refreshed():
             yield runtime

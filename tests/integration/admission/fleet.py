@@ -18,23 +18,24 @@ from app.admission.ticket import Ticket
 from app.inference import Band
 from app.telemetry.logs import open_log
 from app.telemetry.metrics import Metrics
+from app.tenant import Tenant
 
 PREFIX = "{sluice}:1:"
 
 
 def ticket(*candidates: str, band: Band = Band.DEFAULT, tenant: str = "t", deadline: float = float("inf")) -> Ticket:
-    return Ticket("r", band, candidates or ("w",), model="m", tenant=tenant, deadline=deadline)
+    return Ticket("r", band, candidates or ("w",), model="m", tenant=Tenant(tenant), deadline=deadline)
 
 
 @asynccontextmanager
 async def replica(
-    url: str, slots: int | dict[str, int] = 1, *, replicas: int = 1, **limits: object
+    server: str | settings.Redis, slots: int | dict[str, int] = 1, *, replicas: int = 1, **limits: object
 ) -> AsyncIterator[RedisAdmission]:
     """A running admission whose leases live for a second and a half, unless told otherwise."""
     configured = settings.Admission(**{"lease_s": 1.5, **limits})
     admission = RedisAdmission(
         configured,
-        settings.Redis(url=url),
+        settings.Redis(url=server) if isinstance(server, str) else server,
         replicas,
         Metrics(CollectorRegistry()),
         open_log(settings.Logs(level="error")),
