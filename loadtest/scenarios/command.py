@@ -86,6 +86,23 @@ def vllm_command(output: Path | None, picture: Path) -> None:
     _conclude("Overload of a real vLLM worker", [], body, quick=False, output=output)
 
 
+@click.command("scenarios")
+@quick_option
+@output_option
+@click.pass_context
+def scenarios_command(context: click.Context, quick: bool, output: Path | None) -> None:
+    """Overload, fairness, replicas and churn, one after another."""
+    missed = []
+    for command in (overload_command, fairness_command, replicas_command, churn_command):
+        print(f"{command.name}:", flush=True)
+        try:
+            context.invoke(command, quick=quick, output=output)
+        except SystemExit:
+            missed.append(command.name)
+    if missed:
+        raise click.ClickException(f"targets missed in: {', '.join(map(str, missed))}")
+
+
 def _overload_body(found: overload.Found) -> str:
     return f"{overload.bands_table(found)}\n{overload.cost_table(found)}\n{overload.method(found)}"
 
@@ -128,4 +145,4 @@ def _conclude(title: str, judged: Sequence[Goal], body: str, *, quick: bool, out
         raise SystemExit(1)
 
 
-COMMANDS = (overload_command, fairness_command, replicas_command, churn_command, vllm_command)
+COMMANDS = (overload_command, fairness_command, replicas_command, churn_command, vllm_command, scenarios_command)
