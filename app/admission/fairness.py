@@ -119,7 +119,7 @@ class Overview(msgspec.Struct, array_like=True, frozen=True):
 
 @dataclass(slots=True)
 class Drain:
-    """How fast a route's waiting tickets are granted: mean gap between grants while somebody waits."""
+    """How fast waiting tickets are granted, of a route or of a flow: mean gap between grants while somebody waits."""
 
     last_us: int
     gap_us: float = 0.0
@@ -142,6 +142,7 @@ class _Waiting:
 @dataclass(slots=True)
 class _Flow:
     tag: float
+    drain: Drain
     heap: list[tuple[float, str]] = field(default_factory=list)
     size: int = 0
 
@@ -249,7 +250,19 @@ class Queue:
 
     def _expected_wait(self, place: Place) -> int:
         drain = self._drain.get(place.route)
-        return 0 if drain is None else int(self._ahead(place) * drain.gap_us)
+        return 0 if drain is None else max(int(self._ahead(place) * drain.gap_us), self._wait_in_flow(place, drain))
+
+    def _wait_in_flow(self, place: Place, drain: Drain) -> int:
+        """At the pace of its own flow, which tells what others take: higher bands, and tenants that do not wait now.
+
+        A flow that gets nothing is as slow as the time for which its route was granted to others.
+        """
+        flow = self._lines.get((place.band, place.route), {}).get(place.tenant)
+        if flow is None:
+            return 0
+        passed_by_us = drain.last_us - flow.drain.last_us
+        gap_us = max(passed_by_us, flow.drain.gap_us if flow.drain.count >= DRAIN_TRUSTED else 0)
+        return int((flow.size + 1) * gap_us)
 
     def _ahead(self, place: Place) -> int:
         """How many are granted first, if all cost the same: the higher bands; of each flow as many as of its own."""
@@ -282,7 +295,7 @@ class Queue:
             self._lines[line] = {}
             for worker in place.candidates:
                 self._of_worker[worker].add(line)
-        flow = self._lines[line].setdefault(place.tenant, _Flow(self._start(place)))
+        flow = self._lines[line].setdefault(place.tenant, _Flow(self._start(place), Drain(now_us)))
         heapq.heappush(flow.heap, (order, place.id))
         flow.size += 1
         if not any(self._depth["line", (band, place.route)] for band in range(len(Band) + 1)):
@@ -317,6 +330,7 @@ class Queue:
             place = waiting.place
             self._drain[place.route].granted(now_us)
             flow = self._lines[place.band, place.route][place.tenant]
+            flow.drain.granted(now_us)
             self._dequeue(waiting)
             flow.tag = self._take(place, worker, tag)
             grants.append(Grant(place.id, worker))
