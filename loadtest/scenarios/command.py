@@ -78,9 +78,10 @@ def churn_command(quick: bool, output: Path | None, requests: int | None) -> Non
 @click.command("vllm")
 @output_option
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), default=PICTURE, show_default=False)
-def vllm_command(output: Path | None, picture: Path) -> None:
+@click.option("--rate", type=click.FloatRange(0.5, 50), help="Requests/s; default: twice the capacity as measured.")
+def vllm_command(output: Path | None, picture: Path, rate: float | None) -> None:
     """Twice the capacity of one real vLLM worker, through the gateway and straight to it (2.5 GiB, 8 minutes)."""
-    found = _run(real.measure(real.RealPlan()))
+    found = _run(real.measure(real.RealPlan(rate=rate)))
     picture.write_text(real.picture(found))
     body = f"{real.roads_table(found)}\n{real.method(found, versions())}"
     _conclude("Overload of a real vLLM worker", [], body, quick=False, output=output)

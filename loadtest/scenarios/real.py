@@ -29,13 +29,18 @@ from loadtest.scenarios.picture import Panel, Point, panels
 from loadtest.vllm_worker import until_proven, vllm_worker
 
 BANDS = ("priority", "default", "flex")
+OVERLOAD = 2
 LOOK_S = 0.5
 SETTLE_S = 400.0
 
 
 @dataclass(frozen=True)
 class RealPlan:
-    """Seconds of each phase. Who asks the worker itself waits for as long as it takes."""
+    """Seconds of each phase. Who asks the worker itself waits for as long as it takes.
+
+    `rate` are the requests per second, None for twice the capacity as it is measured: on a machine whose other work
+    comes and goes that is a matter of luck.
+    """
 
     sizes: Sizes = field(
         default_factory=lambda: Sizes(prompt_median=24, prompt_bounds=(12, 60), output_median=14, output_bounds=(8, 32))
@@ -46,6 +51,7 @@ class RealPlan:
     patience_s: float = 10.0
     kv_mib: int = 128
     slots: int = DEFAULT_MAX_NUM_SEQS
+    rate: float | None = None
     seed: int = 1
 
 
@@ -70,6 +76,7 @@ class Found:
 
     plan: RealPlan
     capacity: Capacity
+    rate: float
     gateway: Road
     direct: Road
 
@@ -82,11 +89,12 @@ async def measure(plan: RealPlan) -> Found:
             await until_proven(worker, MODEL)
             with Callers(scanner=ContentScanner) as callers:
                 capacity = await _capacity(worker, callers, plan)
+                rate = plan.rate or OVERLOAD * capacity.requests_per_s
                 async with fleet(FleetPlan(engines=0, slots=plan.slots, outside=(worker,))) as house:
                     door = house.doors[0]
-                    gateway = await _road("gateway", lambda _: door, worker, callers, plan, capacity)
-                direct = await _road("direct", lambda _: worker, worker, callers, plan, capacity)
-    return Found(plan, capacity, gateway, direct)
+                    gateway = await _road("gateway", lambda _: door, worker, callers, plan, rate)
+                direct = await _road("direct", lambda _: worker, worker, callers, plan, rate)
+    return Found(plan, capacity, rate, gateway, direct)
 
 
 async def _capacity(worker: Address, callers: Callers, plan: RealPlan) -> Capacity:
@@ -108,11 +116,17 @@ async def _road(
     worker: Address,
     callers: Callers,
     plan: RealPlan,
-    capacity: Capacity,
+    rate: float,
 ) -> Road:
     """The same arrivals and lengths on either road; the names differ, so that no prompt is in the worker's cache."""
-    twice = streams(OverloadPlan(patience_s=plan.patience_s), capacity, 2)
-    asked = asks("same", twice, plan.warmup_s + plan.load_s, plan.sizes, plan.seed)
+    half = Capacity(0.0, rate / OVERLOAD)
+    asked = asks(
+        "same",
+        streams(OverloadPlan(patience_s=plan.patience_s), half, OVERLOAD),
+        plan.warmup_s + plan.load_s,
+        plan.sizes,
+        plan.seed,
+    )
     asked = [ask.named(f"{label}-{ask.name}") for ask in asked]
     start_ns = time.monotonic_ns()
     async with _watching(worker) as waiting:
@@ -180,9 +194,9 @@ def _ms(seconds: float | None) -> str:
 
 METHOD = """\
 vLLM {vllm} on one core (dense SmolLM2-135M, {seqs} sequences, {kv} MiB of cache). Capacity {rate:.2f} requests/s and
-{tokens:.1f} tokens/s by a closed loop of {callers} callers straight to it; then twice that, Poisson, for {load:g} s
-after {warmup:g} s of warm-up, first through the gateway, then straight, with the same arrivals and lengths. `priority`
-asks for a fifth of the capacity, a fifth of the rest are `flex`. Through the gateway clients wait {patience:g} s for a
+{tokens:.1f} tokens/s by a closed loop of {callers} callers straight to it; then {asked:.2f} requests/s, Poisson, for
+{load:g} s after {warmup:g} s of warm-up, first through the gateway, then straight, with the same arrivals and lengths.
+A tenth of them are `priority`, a fifth of the rest `flex`. Through the gateway clients wait {patience:g} s for a
 slot and are refused when it is clear that they would wait longer; straight to vLLM they wait for as long as it takes.
 TTFT counts from the scheduled time, of those that got a token.
 """
@@ -197,6 +211,7 @@ def method(found: Found, versions: dict[str, str]) -> str:
         rate=found.capacity.requests_per_s,
         tokens=found.capacity.tokens_per_s,
         callers=2 * plan.slots,
+        asked=found.rate,
         load=plan.load_s,
         warmup=plan.warmup_s,
         patience=plan.patience_s,
