@@ -120,13 +120,8 @@ async def _road(
 ) -> Road:
     """The same arrivals and lengths on either road; the names differ, so that no prompt is in the worker's cache."""
     half = Capacity(0.0, rate / OVERLOAD)
-    asked = asks(
-        "same",
-        streams(OverloadPlan(patience_s=plan.patience_s), half, OVERLOAD),
-        plan.warmup_s + plan.load_s,
-        plan.sizes,
-        plan.seed,
-    )
+    crowd = streams(OverloadPlan(patience_s=plan.patience_s), half, OVERLOAD)
+    asked = asks("same", crowd, plan.warmup_s + plan.load_s, plan.sizes, plan.seed)
     asked = [ask.named(f"{label}-{ask.name}") for ask in asked]
     start_ns = time.monotonic_ns()
     async with _watching(worker) as waiting:
