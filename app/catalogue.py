@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app import settings
 from app.credentials import TlsContexts, read_secret
 from app.errors import ConfigurationError, ModelNotFound
+from app.tenant import ANONYMOUS, Tenant
 
 MANIFEST_FILE = "sluice.json"
 SHOWN_NAME_CHARS = 200
@@ -56,7 +57,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
-    """Where a worker of a variant listens, what it calls the model, and how many slots it has.
+    """Where a worker of a variant listens, what it calls the model, and how many slots it has, at most if it adapts.
 
     `tls` is None for plain HTTP. `api_key` is the worker's own and goes nowhere else; empty for none.
     """
@@ -66,6 +67,7 @@ class WorkerAddress:
     port: int
     served_model: str
     slots: int
+    adapts: bool = False
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     server_name: str | None = None
     api_key: str = field(default="", repr=False)
@@ -123,15 +125,18 @@ class Catalogue:
     def variants(self) -> tuple[Variant, ...]:
         return tuple(variant for model in self.models for variant in model.variants)
 
-    def resolve(self, name: str) -> tuple[Variant, ...]:
-        """The variants that may serve `name`, in the operator's order. Raises ModelNotFound."""
-        try:
-            return self._by_name[name]
-        except KeyError:
+    def resolve(self, name: str, tenant: Tenant = ANONYMOUS) -> tuple[Variant, ...]:
+        """The variants that may serve `name` to `tenant`, in the operator's order.
+
+        Raises ModelNotFound: what a tenant may not use does not exist for it.
+        """
+        found = self._by_name.get(name, ())
+        if tenant.models is not None:
+            found = tuple(variant for variant in found if tenant.may_use(variant.model, variant.name))
+        if not found:
             shown = name[:SHOWN_NAME_CHARS]
-            raise ModelNotFound(
-                f"The model {shown!r} does not exist or you do not have access to it.", param="model"
-            ) from None
+            raise ModelNotFound(f"The model {shown!r} does not exist or you do not have access to it.", param="model")
+        return found
 
 
 def _model(configured: settings.Model, contexts: TlsContexts) -> Model:
@@ -160,7 +165,8 @@ def _worker(public_name: str, configured: settings.Worker, contexts: TlsContexts
         host=host.strip("[]"),
         port=int(port),
         served_model=configured.served_model or public_name,
-        slots=configured.max_concurrency,
+        slots=configured.most_slots,
+        adapts=configured.max_concurrency == "auto",
         tls=contexts.of(tls) if is_tls else None,
         server_name=tls.server_name,
         api_key=read_secret(configured.api_key_file, configured.api_key_env),
