@@ -26,12 +26,14 @@ from app.admission.ledger import (
     LedgerChanged,
     LedgerFull,
     LedgerGone,
+    LiveReservation,
     Outcome,
     Scripts,
     SharedRules,
     Synced,
 )
 from app.admission.local import LocalDesk
+from app.admission.quota import Settlement
 from app.admission.roster import US, QueuedAdmission, QueuedLease, Roster, new_name, rules_of
 from app.errors import ConfigurationError, DependencyUnavailable, Overloaded
 from app.telemetry.logs import Log
@@ -53,11 +55,12 @@ class SharedDesk:
         self._limit = limit
         self.arrivals: dict[str, QueuedLease] = {}
         self.departures = Departures.none()
+        self.sent = Departures.none()
         self.is_synced = False
 
     def arrive(self, lease: QueuedLease) -> None:
         if len(self.arrivals) >= self._limit:
-            self._roster.refuse_as(lease.id, Kind.QUEUE_FULL, 0)
+            self._roster.refuse_as(lease, Kind.QUEUE_FULL, 0)
             return
         self.arrivals[lease.id] = lease
         self._due.set()
@@ -69,6 +72,10 @@ class SharedDesk:
             self.departures.release(lease.id, lease.worker_id, debt)
         else:
             self.departures.cancel(lease.id, lease.ticket.candidates, debt)
+        self._due.set()
+
+    def settle(self, settlement: Settlement) -> None:
+        self.departures.settle(settlement)
         self._due.set()
 
     def set_slots(self, worker_id: str, slots: int) -> None:
@@ -84,12 +91,14 @@ class SharedDesk:
         return [self.arrivals.pop(lease_id) for lease_id in list(self.arrivals)[:ARRIVALS_PER_CALL]]
 
     def take_departures(self) -> Departures:
-        taken, self.departures = self.departures, Departures.none()
-        return taken
+        self.sent, self.departures = self.departures, Departures.none()
+        return self.sent
 
     def clear(self) -> None:
+        """What was collected is void, but for settlements: they count whenever they are told, and no more than once."""
         self.arrivals = {}
-        self.departures = Departures.none()
+        self.departures = Departures([], [], [*self.sent.settlements, *self.departures.settlements])
+        self.sent = Departures.none()
         self.is_synced = False
 
 
@@ -213,12 +222,15 @@ class RedisAdmission(QueuedAdmission):
         self._log.warning("redis is out of reach", reason=reason, until="it answers", mode=self._limits.without_redis)
         self._metrics.admission_degraded.set(1)
         desk = LocalDesk if self._limits.without_redis == "local" else ClosedDesk
-        local = self.desk = desk(self._rules, self.roster, self._clock)
+        local = self.desk = desk(self._rules, self.roster, self._clock, self._replicas)
         self._shared.clear()
         for worker_id, slots in self.slots.items():
             local.set_slots(worker_id, self.share(slots))
         for lease in self.roster.held.values():
             local.hold(lease)
+        for reservation in self.roster.reserved.values():
+            if reservation.home is not None:
+                local.hold_reservation(reservation)
         for lease in self.roster.in_order():
             self.roster.rename(lease)
             local.arrive(lease)
@@ -231,6 +243,9 @@ class RedisAdmission(QueuedAdmission):
         self.desk = self._shared
         for lease in self.roster.waiting.values():
             lease.is_again = True  # the ledger will not know it, say so, and get it in the next call
+        for reservation in self.roster.reserved.values():
+            if reservation.home is not None:
+                reservation.home = self._shared
 
     def share(self, slots: int) -> int:
         """Without the ledger nobody knows what the others grant, so each keeps to its part."""
@@ -245,7 +260,7 @@ class RedisAdmission(QueuedAdmission):
         heard: list[Callable[[Outcome], object]] = []
         if self._shared.departures:
             calls.append(ledger.depart(self._shared.take_departures()))
-            heard.append(self._hear)
+            heard.append(self._hear_departures)
         if now >= self._sync_at or not self._shared.is_synced:
             calls.append(self._sync_call())
             heard.append(self._hear_sync)
@@ -276,7 +291,14 @@ class RedisAdmission(QueuedAdmission):
         self._sync_at = self._clock() + self._renew_s
         leases = [(lease.id, lease.worker_id) for lease in self.roster.held.values()]
         tickets = [lease_id for lease_id in self.roster.waiting if lease_id not in self._shared.arrivals]
-        return ledger.sync(leases, tickets, list(self.slots.items()), _new_epoch())
+        return ledger.sync(leases, tickets, list(self.slots.items()), _new_epoch(), self._reservations())
+
+    def _reservations(self) -> list[LiveReservation]:
+        now = self._clock()
+        return [
+            LiveReservation(name, made.tenant, int((now - made.made) * US), made.demand.claims, made.home is not None)
+            for name, made in self.roster.reserved.items()
+        ]
 
     def _hear(self, outcome: Outcome) -> Answer | None:
         """What all calls have in common: grants, and whether the ledger wants to be told anew."""
@@ -291,6 +313,10 @@ class RedisAdmission(QueuedAdmission):
             self._sync_at = 0.0
             self._due.set()
         return None
+
+    def _hear_departures(self, outcome: Outcome) -> None:
+        self._shared.sent = Departures.none()
+        self._hear(outcome)
 
     def _hear_sync(self, outcome: Outcome) -> None:
         if isinstance(outcome, Answer):
@@ -335,12 +361,14 @@ class RedisAdmission(QueuedAdmission):
                 future.set_result(overview)
 
     def _arrived(self, lease: QueuedLease, arrived: Arrived) -> None:
+        if arrived.kind <= Kind.WAITS:
+            self.roster.reserve(lease, self._shared, arrived.standings)
         if isinstance(arrived.outcome, str):
             self.roster.grant(lease.id, arrived.outcome)
         elif arrived.kind is Kind.WAITS:
             self.roster.park(lease, arrived.outcome)
         else:
-            self.roster.refuse_as(lease.id, arrived.kind, arrived.outcome)
+            self.roster.refuse_as(lease, arrived.kind, arrived.outcome, arrived.standings)
 
     def _granted(self, grants: Sequence[Grant]) -> None:
         for grant in grants:

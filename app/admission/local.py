@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from app import settings
 from app.admission.fairness import Debt, Grant, Kind, Overview, Queue, Rules
+from app.admission.quota import Settlement
+from app.admission.reservation import Reservation
 from app.admission.roster import US, QueuedAdmission, QueuedLease, Roster, new_name, rules_of
 from app.telemetry.metrics import Metrics
 
 
 class LocalDesk:
-    """See `roster.Desk`."""
+    """See `roster.Desk`. Of every limit it gives one of `parts`, which are the processes that cannot ask each other."""
 
-    def __init__(self, rules: Rules, roster: Roster, clock: Callable[[], float]) -> None:
+    def __init__(self, rules: Rules, roster: Roster, clock: Callable[[], float], parts: int = 1) -> None:
         self._queue = Queue(rules)
+        self._parts = parts
         self._roster = roster
         self._clock = clock
 
     def arrive(self, lease: QueuedLease) -> None:
         now = self._clock()
+        if lease.reservation is not None and lease.reservation.home is None:
+            lease.reservation.demand = lease.reservation.demand.share(self._parts)
         place = lease.place(now, self._roster.route(lease.ticket.candidates), now - lease.since)
         verdict, grants = self._queue.arrive(place, int(now * US))
         if verdict.kind is Kind.GRANTED:
@@ -27,8 +34,13 @@ class LocalDesk:
         elif verdict.kind is Kind.WAITS:
             self._roster.park(lease, verdict.wait_us)
         else:
-            self._roster.refuse_as(lease.id, verdict.kind, verdict.wait_us)
+            self._roster.refuse_as(lease, verdict.kind, verdict.wait_us, verdict.standings)
+        if place.demand is not None and verdict.kind <= Kind.WAITS:
+            self._roster.reserve(lease, self, verdict.standings)
         self._tell(grants)
+
+    def settle(self, settlement: Settlement) -> None:
+        self._queue.settle(settlement, int(self._clock() * US))
 
     def leave(self, lease: QueuedLease, debt: Debt) -> None:
         now = self._clock()
@@ -41,6 +53,11 @@ class LocalDesk:
         """A lease that was granted at another desk stands here from now on."""
         route = self._roster.route(lease.ticket.candidates)
         self._queue.hold(lease.place(self._clock(), route, 0.0), lease.worker_id)
+
+    def hold_reservation(self, reservation: Reservation) -> None:
+        """It was made elsewhere, and its claims were taken there; here it counts as one of those at once."""
+        demand = msgspec.structs.replace(reservation.demand, claims=())
+        self._queue.quota.hold(reservation.tenant, demand, int(self._clock() * US))
 
     def set_slots(self, worker_id: str, slots: int) -> None:
         now = self._clock()

@@ -1,4 +1,4 @@
--- payload: places. body: {kind, worker or expected wait in us} of each.
+-- payload: places. body: {kind, worker or expected wait in us, standings of its claims} of each.
 
 local function known(place)
   for _, worker in ipairs(place.candidates) do
@@ -35,6 +35,14 @@ local function wait(fields, place, index)
   return { WAITS, wait_us }
 end
 
+local function arrive(fields, place, index, open)
+  local outcome = over_limits(place) or (open and at_once(place)) or wait(fields, place, index)
+  if outcome[1] <= WAITS then
+    reserve(place)
+  end
+  return outcome
+end
+
 local objected = objection()
 if objected then
   return objected
@@ -42,6 +50,7 @@ end
 local body, open = {}, is_open()
 for index, fields in ipairs(payload) do
   local place = place_of(fields)
-  body[index] = known(place) or (open and at_once(place)) or wait(fields, place, index - 1)
+  body[index] = known(place) or arrive(fields, place, index - 1, open)
+  body[index][3] = standings(place)
 end
 return answer(body)

@@ -1,9 +1,11 @@
--- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch}: all that the replica holds, waits
--- for and sees. It is made so here: leases are renewed, or taken again while there is room; what the replica does not
--- know is removed. body: {epoch, ids of leases without a slot, ids of tickets that do not wait here}.
+-- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch, reservations: {id, tenant, age in us,
+-- claims, whether it is certain that they are taken}}: all that the replica holds, waits for, sees and has reserved. It
+-- is made so here: leases are renewed, or taken again while there is room; reservations are noted again, but nothing is
+-- taken for them twice; what the replica does not know is removed.
+-- body: {epoch, ids of leases without a slot, ids of tickets that do not wait here}.
 
-local leases, tickets, views, new_epoch = payload[1], payload[2], payload[3], payload[4]
-local holds, waits, sees = {}, {}, {}
+local leases, tickets, views, new_epoch, reservations = unpack(payload)
+local holds, waits, sees, reserves = {}, {}, {}, {}
 for _, lease in ipairs(leases) do
   holds[lease[1]] = lease[2]
 end
@@ -59,6 +61,22 @@ local function renew(worker)
   end
 end
 
+-- One that is not certain is on its way, or its arrival was lost; its ticket will arrive again and tell.
+local function renew_reservations()
+  for _, reservation in ipairs(reservations) do
+    local id, tenant, age_us, claims, is_certain = unpack(reservation)
+    reserves[id] = true
+    if is_certain then
+      hold_reservation(id, tenant, now - age_us, claims)
+    end
+  end
+  for _, id in ipairs(call('HKEYS', key('reserved'))) do
+    if replica_of(id) == me and not reserves[id] then
+      end_reservation(id)
+    end
+  end
+end
+
 local last = tonumber(call('HGET', key('calls'), me) or -1)
 if answered <= last then
   if number == last then
@@ -77,6 +95,7 @@ for _, id in ipairs(call('HKEYS', key('tickets'))) do
     dequeue(ticket(id))
   end
 end
+renew_reservations()
 local lost, missing = {}, {}
 for _, lease in ipairs(leases) do
   local id, worker = lease[1], lease[2]
