@@ -33,7 +33,7 @@ from app.admission.ledger import (
     Synced,
 )
 from app.admission.local import LocalDesk
-from app.admission.quota import Settlement
+from app.admission.quota import Metered, Settlement
 from app.admission.roster import US, QueuedAdmission, QueuedLease, Roster, new_name, rules_of
 from app.errors import ConfigurationError, DependencyUnavailable, Overloaded
 from app.telemetry.logs import Log
@@ -144,7 +144,7 @@ class RedisAdmission(QueuedAdmission):
         self._ledger = Ledger(redis, roster.name, shared_rules, scripts or Scripts())
         self._sync_at = self._reap_at = self._opens_at = 0.0
         self._fenced: frozenset[str] = frozenset()
-        self._asked: list[asyncio.Future[Overview]] = []
+        self._asked: list[tuple[asyncio.Future[Overview], Sequence[Metered]]] = []
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -161,11 +161,11 @@ class RedisAdmission(QueuedAdmission):
             await asyncio.gather(task, return_exceptions=True)
             await self._take_leave()
 
-    async def overview(self) -> Overview:
+    async def overview(self, metered: Sequence[Metered] = ()) -> Overview:
         if isinstance(self.desk, LocalDesk):
-            return self.desk.overview()
+            return self.desk.overview(metered)
         asked: asyncio.Future[Overview] = asyncio.get_running_loop().create_future()
-        self._asked.append(asked)
+        self._asked.append((asked, metered))
         self._due.set()
         return await asked
 
@@ -234,7 +234,10 @@ class RedisAdmission(QueuedAdmission):
         for lease in self.roster.in_order():
             self.roster.rename(lease)
             local.arrive(lease)
-        self._tell_overview(local.overview())
+        for asked, metered in self._asked:
+            if not asked.done():
+                asked.set_result(local.overview(metered))
+        self._asked = []
 
     def _come_back(self) -> None:
         """All leases, those granted here too, are told before anything new is granted: a tick syncs before it asks."""
@@ -273,7 +276,7 @@ class RedisAdmission(QueuedAdmission):
             calls.append(ledger.reap())
             heard.append(self._hear)
         if self._asked:
-            calls.append(ledger.look())
+            calls.append(ledger.look(max((metered for _, metered in self._asked), key=len)))
             heard.append(self._hear_overview)
         if calls:
             for hear, outcome in zip(heard, await self._ledger.exchange(calls), strict=True):
@@ -356,7 +359,7 @@ class RedisAdmission(QueuedAdmission):
 
     def _tell_overview(self, overview: Overview) -> None:
         asked, self._asked = self._asked, []
-        for future in asked:
+        for future, _ in asked:
             if not future.done():
                 future.set_result(overview)
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from app.admission.quota import Demand, Quota, Settlement, Standing
+from app.admission.quota import Demand, Metered, Quota, Settlement, Standing, Usage
 from app.tenant import Band
 
 # Tickets that held a slot already stand before all bands: their request has waited its turn once.
@@ -118,11 +118,12 @@ class Flow(msgspec.Struct, array_like=True, frozen=True):
 
 class Overview(msgspec.Struct, array_like=True, frozen=True):
     """All that waits, and what it waits for: (route, mean gap between grants in us, how many it is the mean of), and
-    (worker, slots held, slots)."""
+    (worker, slots held, slots); what the tenants asked for have used of their limits."""
 
     flows: list[Flow]
     drains: list[tuple[str, float, int]]
     slots: list[tuple[str, int, int]]
+    usages: list[Usage] = []
 
 
 @dataclass(slots=True)
@@ -204,7 +205,7 @@ class Queue:
     def _with_standings(self, verdict: Verdict, place: Place, now_us: int) -> Verdict:
         if place.demand is None:
             return verdict
-        return verdict._replace(standings=self.quota.standings(place.tenant, place.demand, now_us))
+        return verdict._replace(standings=self.quota.standings(place.tenant, place.demand.claims, now_us))
 
     def _over_limits(self, place: Place, now_us: int) -> tuple[Verdict, list[Grant]] | None:
         found = place.demand and self.quota.objection(place.tenant, place.demand, now_us)
@@ -383,7 +384,7 @@ class Queue:
             self._dequeue(waiting)
         return None
 
-    def overview(self, now_us: int) -> Overview:
+    def overview(self, now_us: int, metered: Sequence[Metered] = ()) -> Overview:
         flows = []
         for (band, route), line in sorted(self._lines.items()):
             for tenant, flow in sorted(line.items()):
@@ -392,7 +393,7 @@ class Queue:
                 flows.append(Flow(band, route, waiting[0].place.candidates, tenant, flow.size, oldest))
         drains = [(route, drain.gap_us, drain.count) for route, drain in self._drain.items()]
         slots = [(worker, len(self._held[worker]), count) for worker, count in self._slots.items()]
-        return Overview(flows, drains, slots)
+        return Overview(flows, drains, slots, [self.quota.usage(tenant, now_us) for tenant in metered])
 
     # Virtual time
 

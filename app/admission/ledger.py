@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules
-from app.admission.quota import Claim, Settlement, Standing
+from app.admission.quota import Claim, Metered, Settlement, Standing
 from app.errors import ConfigurationError
 from app.settings import Redis
 
@@ -180,8 +180,8 @@ def sync(
     return Call("sync", _encode((leases, tickets, slots, new_epoch, reservations)), Synced)
 
 
-def look() -> Call:
-    return Call("look", _encode(()), Overview)
+def look(metered: Sequence[Metered] = ()) -> Call:
+    return Call("look", _encode(metered), Overview)
 
 
 def reap() -> Call:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from app import settings
 from app.admission.fairness import Debt, Grant, Kind, Overview, Queue, Rules
-from app.admission.quota import Settlement
+from app.admission.quota import Metered, Settlement
 from app.admission.reservation import Reservation
 from app.admission.roster import US, QueuedAdmission, QueuedLease, Roster, new_name, rules_of
 from app.telemetry.metrics import Metrics
@@ -63,8 +63,8 @@ class LocalDesk:
         now = self._clock()
         self._tell(self._queue.set_slots(worker_id, slots, int(now * US)))
 
-    def overview(self) -> Overview:
-        return self._queue.overview(int(self._clock() * US))
+    def overview(self, metered: Sequence[Metered] = ()) -> Overview:
+        return self._queue.overview(int(self._clock() * US), metered)
 
     def _tell(self, grants: list[Grant]) -> None:
         for grant in grants:
@@ -79,5 +79,5 @@ class LocalAdmission(QueuedAdmission):
         self._local = LocalDesk(rules_of(limits), roster, clock)
         super().__init__(limits, roster, self._local)
 
-    async def overview(self) -> Overview:
-        return self._local.overview()
+    async def overview(self, metered: Sequence[Metered] = ()) -> Overview:
+        return self._local.overview(metered)

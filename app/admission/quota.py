@@ -37,6 +37,9 @@ class Tokens(NamedTuple):
     output: int
 
 
+NOTHING = Tokens(0, 0)
+
+
 class Claim(msgspec.Struct, array_like=True, frozen=True):
     """`amount` of a limit of `most` in each `window_us`. Only the amount is the request's own."""
 
@@ -81,6 +84,21 @@ class Standing(NamedTuple):
 
     used: int
     reset_us: int
+
+
+class Metered(NamedTuple):
+    """A tenant and what it may claim, to be looked at; amounts say nothing here."""
+
+    tenant: str
+    claims: tuple[Claim, ...]
+
+
+class Usage(msgspec.Struct, array_like=True, frozen=True):
+    """How many of a tenant's reservations are live, and how its meters stand."""
+
+    tenant: str
+    live: int
+    standings: list[Standing]
 
 
 class Objection(NamedTuple):
@@ -251,9 +269,13 @@ class Quota:
             else:
                 meter.take(amount - claim.amount, now_us)
 
-    def standings(self, tenant: str, demand: Demand, now_us: int) -> list[Standing]:
+    def usage(self, metered: Metered, now_us: int) -> Usage:
+        tenant, claims = metered
+        return Usage(tenant, self.live(tenant), self.standings(tenant, claims, now_us))
+
+    def standings(self, tenant: str, claims: tuple[Claim, ...], now_us: int) -> list[Standing]:
         """How each claim's meter stands."""
-        meters = [self._meter(tenant, claim, now_us) for claim in demand.claims]
+        meters = [self._meter(tenant, claim, now_us) for claim in claims]
         return [Standing(meter.used(now_us), meter.reset_us(now_us)) for meter in meters]
 
     def _meter(self, tenant: str, claim: Claim, now_us: int) -> Meter:

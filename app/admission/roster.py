@@ -15,7 +15,7 @@ from typing import Protocol, Self
 from app import settings
 from app.admission.cost import Costs
 from app.admission.fairness import MOVED, RANK, Debt, Kind, Overview, Place, Rules
-from app.admission.quota import CONCURRENT, Settlement, Standing
+from app.admission.quota import CONCURRENT, Metered, Settlement, Standing
 from app.admission.reservation import Home, Reservation, too_large
 from app.admission.ticket import Ticket
 from app.errors import Allowance, GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
@@ -281,8 +281,8 @@ class QueuedAdmission:
         self.slots: dict[str, int] = {}
         self.served: set[str] = set()
 
-    async def overview(self) -> Overview:
-        """All that waits, wherever it arrived. Raises DependencyUnavailable."""
+    async def overview(self, metered: Sequence[Metered] = ()) -> Overview:
+        """All that waits, wherever it arrived, and what these tenants have used. Raises DependencyUnavailable."""
         raise NotImplementedError
 
     @asynccontextmanager
@@ -310,7 +310,7 @@ class QueuedAdmission:
     async def admit(self, ticket: Ticket) -> QueuedLease:
         cost = self._costs.of(ticket.model).estimate(ticket.prompt_bytes, ticket.max_tokens)
         lease = QueuedLease(self, ticket, cost)
-        if ticket.tenant.limits != UNLIMITED:
+        if ticket.tenant.limits is not UNLIMITED and ticket.tenant.limits != UNLIMITED:
             self._reserve(lease)
         try:
             await self._stand(lease)

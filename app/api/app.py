@@ -22,7 +22,7 @@ from app.settings import Settings
 
 GC_THRESHOLD = 20_000
 
-OPERATOR_PATHS = frozenset({"/metrics", "/docs", "/openapi.json", "/admin/queue"})
+OPERATOR_PATHS = frozenset({"/metrics", "/docs", "/openapi.json", "/admin/queue", "/admin/limits"})
 
 
 def create_app(settings: Settings) -> ASGIApp:

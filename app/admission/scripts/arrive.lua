@@ -51,6 +51,6 @@ local body, open = {}, is_open()
 for index, fields in ipairs(payload) do
   local place = place_of(fields)
   body[index] = known(place) or arrive(fields, place, index - 1, open)
-  body[index][3] = standings(place)
+  body[index][3] = place.demand and standings(place.tenant, place.demand[3]) or nil
 end
 return answer(body)

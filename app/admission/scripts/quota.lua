@@ -140,14 +140,11 @@ local function wait_for(meter, excess)
   return meter.width * SLICES
 end
 
--- {used, reset in us} of each claim; nothing for who has no limits.
-local function standings(place)
-  if not place.demand then
-    return nil
-  end
+-- {used, reset in us} of each claim.
+local function standings(tenant, claims)
   local found = {}
-  for _, claim in ipairs(place.demand[3]) do
-    local meter = meter_of(place.tenant, claim)
+  for _, claim in ipairs(claims) do
+    local meter = meter_of(tenant, claim)
     table.insert(found, { meter.sum, meter.sum > 0 and returns_us(meter, meter.last) or 0 })
   end
   return found

@@ -58,7 +58,7 @@ class Tenant:
         return objection.wait_us
 
     def used(self) -> list[int]:
-        return [standing.used for standing in self.quota.standings("t", self.demand(), self.now_us)]
+        return [standing.used for standing in self.quota.standings("t", self.demand().claims, self.now_us)]
 
 
 def test_a_limit_is_met_and_not_exceeded() -> None:
