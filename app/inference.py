@@ -39,6 +39,8 @@ class Outcome(StrEnum):
     EXPIRED = "expired"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    CLIENT_STALLED = "client_stalled"
+    """The client read nothing for too long and was disconnected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class InferenceRequest:
     most, for each of its `choices` (0 on routes that generate nothing). `resolved_model` is the catalogue's name, empty
     until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's (see `cache_salt`); empty, the cache is shared with everybody whose salt is empty.
+    `id` is the gateway's own, never used before; `client_id` what the client calls the request, for logs only.
     """
 
     id: str
@@ -133,6 +136,7 @@ class InferenceRequest:
     deadline: float = float("inf")
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
+    client_id: str = ""
 
     @classmethod
     def parse(

@@ -13,6 +13,7 @@ from app.admission.local import LocalAdmission
 from app.admission.roster import QueuedAdmission
 from app.admission.ticket import Admission
 from app.catalogue import Catalogue
+from app.drain import Drain
 from app.gateway import Gateway
 from app.relay.relay import Relay
 from app.routing.router import Router
@@ -40,6 +41,7 @@ class Runtime:
     gateway: Gateway
     tenants: Tenants
     admission: QueuedAdmission
+    drain: Drain
     gauges: Gauges
     metrics: Metrics
     log: Log
@@ -66,9 +68,10 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
+    drain = Drain(admission.turn_away)
     tenants = Tenants(settings.tenants, settings.default_tenant)
     runtime = Runtime(
-        settings, catalogue, registry, gateway, tenants, admission, gauges, metrics, log, started=time.time()
+        settings, catalogue, registry, gateway, tenants, admission, drain, gauges, metrics, log, started=time.time()
     )
     try:
         async with admission.running(), monitor.running(), gauges.refreshed():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from app.errors import GatewayError, InvalidRequest, QueueTimeout, Unavailable
+from app.errors import Draining, GatewayError, InvalidRequest, QueueTimeout, Unavailable
 from app.inference import InferenceRequest, Outcome, Spent, TokenUsage
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics, Series
@@ -16,6 +16,8 @@ from app.telemetry.metrics import Metrics, Series
 Clock = Callable[[], float]
 
 UNRESOLVED = ""
+CLIENT_GONE = "client_gone"
+CLIENT_STALLED = "client_stalled"
 
 
 @dataclass(slots=True)
@@ -157,7 +159,10 @@ class Account:
 
 
 def outcome_of(cause: BaseException | None) -> Outcome:
-    """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it."""
+    """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it.
+
+    Why a request was cancelled only who watches it knows: the cancellation carries the code as its message.
+    """
     match cause:
         case None:
             return Outcome.COMPLETED
@@ -165,6 +170,8 @@ def outcome_of(cause: BaseException | None) -> Outcome:
             return Outcome.EXPIRED
         case InvalidRequest() | Unavailable():
             return Outcome.REJECTED
+        case asyncio.CancelledError(args=(code,)):
+            return {CLIENT_STALLED: Outcome.CLIENT_STALLED, Draining.code: Outcome.FAILED}.get(code, Outcome.CANCELLED)
         case asyncio.CancelledError():
             return Outcome.CANCELLED
         case _:
@@ -172,14 +179,14 @@ def outcome_of(cause: BaseException | None) -> Outcome:
 
 
 def code_of(cause: BaseException | None) -> str:
-    """The `code` label: a GatewayError's own, `client_gone` for a cancelled request, empty for a good end."""
+    """The `code` label: a GatewayError's own, what a cancellation says, empty for a good end."""
     match cause:
         case None:
             return ""
         case GatewayError():
             return cause.code
         case asyncio.CancelledError():
-            return "client_gone"
+            return str(cause.args[0]) if cause.args else CLIENT_GONE
         case _:
             return GatewayError.code
 
@@ -199,6 +206,7 @@ class RequestsLog:
         self._log.info(
             "request",
             request_id=request.id,
+            client_request_id=request.client_id,
             route=request.route.value,
             model=request.resolved_model,
             variant=account.variant,
