@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -107,6 +107,10 @@ def cache_salt(secret: bytes, tenant: str) -> str:
     return hmac.digest(secret, tenant.encode(), "sha256").hex()[:32]
 
 
+QueueListener = Callable[[int, int, float], None]
+"""Is told of a request that waits: its position among its tenant's, how many those are, expected wait in seconds."""
+
+
 @dataclass(slots=True, kw_only=True)
 class InferenceRequest:
     """One request for a model.
@@ -118,6 +122,8 @@ class InferenceRequest:
     until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's (see `cache_salt`); empty, the cache is shared with everybody whose salt is empty.
     `id` is the gateway's own, never used before; `client_id` what the client calls the request, for logs only.
+    `on_wait` is told, now and then, how long the queue is while it waits; it is set for a client that
+    `wants_queue_events`.
     """
 
     id: str
@@ -137,6 +143,8 @@ class InferenceRequest:
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
     client_id: str = ""
+    wants_queue_events: bool = False
+    on_wait: QueueListener | None = None
 
     @classmethod
     def parse(

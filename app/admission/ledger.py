@@ -22,8 +22,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules
-from app.admission.quota import Claim, Metered, Settlement, Standing
+from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules, Standing
+from app.admission.quota import Claim, Metered, Reading, Settlement
 from app.credentials import TlsContexts, tls_failure
 from app.errors import ConfigurationError
 from app.settings import Redis, Tls
@@ -41,7 +41,9 @@ _FLAGS = {
     "sync": " flags=allow-oom",
     "reap": " flags=allow-oom",
     "look": " flags=no-writes,allow-oom",
+    "standing": " flags=no-writes,allow-oom",
 }
+_READS = frozenset({"look", "standing"})
 
 _encode = msgspec.msgpack.Encoder().encode
 T = TypeVar("T")
@@ -73,19 +75,25 @@ class SharedRules(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Arrived(msgspec.Struct, array_like=True, frozen=True):
-    """`outcome` is the worker for GRANTED, else the wait in microseconds; `standings` are of the place's claims."""
+    """`outcome` is the worker for GRANTED, else the wait in microseconds; `readings` are of the place's claims."""
 
     kind: Kind
     outcome: str | int
-    standings: list[Standing] = []
+    readings: list[Reading] = []
 
 
 class Synced(msgspec.Struct, array_like=True, frozen=True):
-    """Ids of leases that found no slot, and of tickets that do not wait in the ledger (and have to arrive again)."""
+    """Ids of leases that found no slot, and of tickets that do not wait in the ledger (and have to arrive again).
+
+    `steered` are the limits of adaptive workers that another replica sets: (worker, limit). `replicas` are alive, this
+    one included.
+    """
 
     epoch: str
     lost: list[str]
     missing: list[str]
+    steered: list[tuple[str, int]] = []
+    replicas: int = 1
 
 
 class LiveReservation(msgspec.Struct, array_like=True, frozen=True):
@@ -175,14 +183,22 @@ def sync(
     tickets: Sequence[str],
     slots: Sequence[tuple[str, int]],
     new_epoch: str,
+    limits: Sequence[tuple[str, int]] = (),
     reservations: Sequence[LiveReservation] = (),
 ) -> Call:
-    """All that the replica holds, waits for, sees and has reserved; `new_epoch` is used if the ledger begins anew."""
-    return Call("sync", _encode((leases, tickets, slots, new_epoch, reservations)), Synced)
+    """All that the replica holds, waits for, sees and has reserved; `new_epoch` is used if the ledger begins anew.
+
+    `limits` are those that it would give to adaptive workers, (worker, limit).
+    """
+    return Call("sync", _encode((leases, tickets, slots, new_epoch, limits, reservations)), Synced)
 
 
 def look(metered: Sequence[Metered] = ()) -> Call:
     return Call("look", _encode(metered), Overview)
+
+
+def standing(tickets: Sequence[str]) -> Call:
+    return Call("standing", _encode(tickets), list[Standing])
 
 
 def reap() -> Call:
@@ -214,6 +230,7 @@ class Ledger:
     def __init__(self, redis: Redis, replica: str, rules: SharedRules, scripts: Scripts) -> None:
         self._redis = redis
         self._replica = replica.encode()
+        self._given = rules
         self._rules = _encode(rules)
         self._scripts = scripts
         self.prefix = f"{{{redis.prefix}}}:{LAYOUT}:"
@@ -224,6 +241,12 @@ class Ledger:
         self._number = 0
         self._answered = -1
         self.epoch = ""
+
+    def expect(self, replicas: int) -> None:
+        """So many have to tell what they hold before a ledger that lost it grants again."""
+        if replicas != self._given.replicas:
+            self._given = msgspec.structs.replace(self._given, replicas=replicas)
+            self._rules = _encode(self._given)
 
     async def open(self) -> None:
         """Connect, check the server, load the scripts, subscribe. Raises LedgerGone, ConfigurationError."""
@@ -297,7 +320,7 @@ class Ledger:
         reply = _decode_reply(packed)
         if reply.status:
             return LedgerChanged()
-        if call.script != "look":
+        if call.script not in _READS:
             self._answered = number
         body = msgspec.msgpack.decode(reply.body, type=call.body)
         if isinstance(body, Synced):

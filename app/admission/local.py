@@ -15,18 +15,24 @@ from app.telemetry.metrics import Metrics
 
 
 class LocalDesk:
-    """See `roster.Desk`. Of every limit it gives one of `parts`, which are the processes that cannot ask each other."""
+    """See `roster.Desk`. Of each limit it gives a part, where other processes cannot be asked what they give."""
 
-    def __init__(self, rules: Rules, roster: Roster, clock: Callable[[], float], parts: int = 1) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        roster: Roster,
+        clock: Callable[[], float],
+        part_of: Callable[[int], int] = lambda limit: limit,
+    ) -> None:
         self._queue = Queue(rules)
-        self._parts = parts
+        self._part_of = part_of
         self._roster = roster
         self._clock = clock
 
     def arrive(self, lease: QueuedLease) -> None:
         now = self._clock()
         if lease.reservation is not None and lease.reservation.home is None:
-            lease.reservation.demand = lease.reservation.demand.share(self._parts)
+            lease.reservation.demand = lease.reservation.demand.share(self._part_of)
         place = lease.place(now, self._roster.route(lease.ticket.candidates), now - lease.since)
         verdict, grants = self._queue.arrive(place, int(now * US))
         if verdict.kind is Kind.GRANTED:
@@ -34,9 +40,9 @@ class LocalDesk:
         elif verdict.kind is Kind.WAITS:
             self._roster.park(lease, verdict.wait_us)
         else:
-            self._roster.refuse_as(lease, verdict.kind, verdict.wait_us, verdict.standings)
+            self._roster.refuse_as(lease, verdict.kind, verdict.wait_us, verdict.readings)
         if place.demand is not None and verdict.kind <= Kind.WAITS:
-            self._roster.reserve(lease, self, verdict.standings)
+            self._roster.reserve(lease, self, verdict.readings)
         self._tell(grants)
 
     def settle(self, settlement: Settlement) -> None:
@@ -62,6 +68,10 @@ class LocalDesk:
     def set_slots(self, worker_id: str, slots: int) -> None:
         now = self._clock()
         self._tell(self._queue.set_slots(worker_id, slots, int(now * US)))
+
+    def ask_standing(self, tickets: list[str]) -> None:
+        for ticket_id in tickets:
+            self._roster.tell(ticket_id, self._queue.standing(ticket_id))
 
     def overview(self, metered: Sequence[Metered] = ()) -> Overview:
         return self._queue.overview(int(self._clock() * US), metered)

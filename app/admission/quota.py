@@ -14,6 +14,7 @@ Times are integer microseconds of one clock and come in as arguments; amounts ar
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -61,15 +62,15 @@ class Demand(msgspec.Struct, array_like=True, frozen=True):
     concurrent: int
     claims: tuple[Claim, ...]
 
-    def share(self, parts: int) -> Demand:
-        """The same demand of one of so many equal parts of the limits, where nobody knows what the others take."""
-        claims = tuple(msgspec.structs.replace(claim, most=claim.most // parts) for claim in self.claims)
-        concurrent = self.concurrent and (self.concurrent // parts or NONE_AT_ONCE)
+    def share(self, part_of: Callable[[int], int]) -> Demand:
+        """The same demand of a part of each limit, where nobody knows what others take of the rest."""
+        claims = tuple(msgspec.structs.replace(claim, most=part_of(claim.most)) for claim in self.claims)
+        concurrent = self.concurrent and (part_of(self.concurrent) or NONE_AT_ONCE)
         return Demand(self.reservation, concurrent, claims)
 
 
 NONE_AT_ONCE = -1
-"""A share of fewer requests at once than there are parts."""
+"""A share that is less than one request at once."""
 
 
 class Settlement(msgspec.Struct, array_like=True, frozen=True):
@@ -79,7 +80,7 @@ class Settlement(msgspec.Struct, array_like=True, frozen=True):
     amounts: tuple[int, ...]
 
 
-class Standing(NamedTuple):
+class Reading(NamedTuple):
     """How a meter stands: what is taken, and how long until all of that has come back."""
 
     used: int
@@ -98,7 +99,7 @@ class Usage(msgspec.Struct, array_like=True, frozen=True):
 
     tenant: str
     live: int
-    standings: list[Standing]
+    readings: list[Reading]
 
 
 class Objection(NamedTuple):
@@ -271,12 +272,12 @@ class Quota:
 
     def usage(self, metered: Metered, now_us: int) -> Usage:
         tenant, claims = metered
-        return Usage(tenant, self.live(tenant), self.standings(tenant, claims, now_us))
+        return Usage(tenant, self.live(tenant), self.readings(tenant, claims, now_us))
 
-    def standings(self, tenant: str, claims: tuple[Claim, ...], now_us: int) -> list[Standing]:
+    def readings(self, tenant: str, claims: tuple[Claim, ...], now_us: int) -> list[Reading]:
         """How each claim's meter stands."""
         meters = [self._meter(tenant, claim, now_us) for claim in claims]
-        return [Standing(meter.used(now_us), meter.reset_us(now_us)) for meter in meters]
+        return [Reading(meter.used(now_us), meter.reset_us(now_us)) for meter in meters]
 
     def _meter(self, tenant: str, claim: Claim, now_us: int) -> Meter:
         found = self._meters.get((claim.limit, tenant))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from app.admission.quota import DAILY, Claim, Demand, Settlement, Standing, Tokens, amounts_of, claims_of
+from app.admission.quota import DAILY, Claim, Demand, Reading, Settlement, Tokens, amounts_of, claims_of
 from app.errors import Allowance, GatewayError, InsufficientQuota, RateLimitExceeded
 from app.inference import Spent, TokenUsage
 from app.tenant import Limits
@@ -57,18 +57,18 @@ class Reservation:
         )
         return Settlement(self.demand.reservation, amounts_of(claims, known, guessed))
 
-    def hear(self, standings: Sequence[Standing]) -> None:
+    def hear(self, readings: Sequence[Reading]) -> None:
         """How its limits stand, in the order of its claims."""
         self.allowances = tuple(
             Allowance(claim.limit, claim.most, max(0, claim.most - used), reset_us / US)
-            for claim, (used, reset_us) in zip(self.demand.claims, standings, strict=False)
+            for claim, (used, reset_us) in zip(self.demand.claims, readings, strict=False)
         )
 
-    def refusal(self, standings: Sequence[Standing], wait_us: int) -> tuple[str, GatewayError]:
+    def refusal(self, readings: Sequence[Reading], wait_us: int) -> tuple[str, GatewayError]:
         """The limit that has no room for it, and what its client is told; with more than one, the longest window's."""
         exceeded = [
             (claim, used)
-            for claim, (used, _) in zip(self.demand.claims, standings, strict=False)
+            for claim, (used, _) in zip(self.demand.claims, readings, strict=False)
             if used + claim.amount > claim.most
         ]
         claim, used = exceeded[-1]

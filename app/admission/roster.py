@@ -13,13 +13,14 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from app import settings
+from app.admission.announcer import Announcer
 from app.admission.cost import Costs
-from app.admission.fairness import MOVED, RANK, Debt, Kind, Overview, Place, Rules
-from app.admission.quota import CONCURRENT, Metered, Settlement, Standing
+from app.admission.fairness import MOVED, RANK, Debt, Kind, Overview, Place, Rules, Standing
+from app.admission.quota import CONCURRENT, Metered, Reading, Settlement
 from app.admission.reservation import Home, Reservation, too_large
 from app.admission.ticket import Ticket
 from app.errors import Allowance, GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
-from app.inference import Band, Spent, TokenUsage
+from app.inference import Band, QueueListener, Spent, TokenUsage
 from app.telemetry.metrics import Metrics
 from app.tenant import UNLIMITED
 
@@ -84,6 +85,14 @@ class QueuedLease:
         """What a slot costs its tenant; a move has been paid for."""
         return 0.0 if self.is_moved else self.cost
 
+    @property
+    def on_wait(self) -> QueueListener | None:
+        return self.ticket.on_wait
+
+    @property
+    def is_waiting(self) -> bool:
+        return not self.worker_id and self.granted is not None and not self.granted.done()
+
     def place(self, now: float, route: str, waited_s: float) -> Place:
         """Itself as the order sees it at `now`, monotonic seconds, after it has waited so long already."""
         ticket, reservation = self.ticket, self.reservation
@@ -127,7 +136,7 @@ class Roster:
     def __init__(self, name: str, metrics: Metrics, clock: Callable[[], float]) -> None:
         self.name = name
         self._metrics = metrics
-        self._clock = clock
+        self.clock = clock
         self._routes: dict[tuple[str, ...], str] = {}
         self._loads: Counter[str] = Counter()
         self.waiting: dict[str, QueuedLease] = {}
@@ -141,7 +150,7 @@ class Roster:
     def enter(self, lease: QueuedLease, patience_s: float) -> asyncio.Future[None]:
         """A new wait begins, under a new id; done when it is granted."""
         lease.id = self.new_id()
-        lease.since = self._clock()
+        lease.since = self.clock()
         lease.deadline = min(lease.ticket.deadline, lease.since + patience_s)
         granted = lease.granted = asyncio.get_running_loop().create_future()
         lease.is_again = False
@@ -170,7 +179,7 @@ class Roster:
         if lease is None:
             return
         lease.worker_id = worker_id
-        lease.waited_s += self._clock() - lease.since
+        lease.waited_s += self.clock() - lease.since
         self.held[lease_id] = lease
         self._loads[worker_id] += 1
         self._finish(lease, None)
@@ -183,27 +192,33 @@ class Roster:
     def count_rejection(self, limit: str) -> None:
         self._metrics.limit_rejections.labels(limit).inc()
 
-    def refuse_as(self, lease: QueuedLease, kind: Kind, wait_us: int, standings: Sequence[Standing] = ()) -> None:
+    def refuse_as(self, lease: QueuedLease, kind: Kind, wait_us: int, readings: Sequence[Reading] = ()) -> None:
         """Refused by the order's own bounds, or by a limit of its tenant."""
-        limit, error = _refusal(lease, kind, wait_us, standings)
+        limit, error = _refusal(lease, kind, wait_us, readings)
         self.count_rejection(limit)
         if lease.reservation is not None:
             self.reserved.pop(lease.reservation.demand.reservation, None)
         self.refuse(lease.id, error)
 
-    def reserve(self, lease: QueuedLease, home: Home, standings: Sequence[Standing]) -> None:
+    def reserve(self, lease: QueuedLease, home: Home, readings: Sequence[Reading]) -> None:
         """Its demand is met, at `home`."""
         reservation = lease.reservation
         if reservation is not None and reservation.home is None:
-            reservation.home, reservation.made = home, self._clock()
-            reservation.hear(standings)
+            reservation.home, reservation.made = home, self.clock()
+            reservation.hear(readings)
 
     def park(self, lease: QueuedLease, wait_us: int) -> None:
         """It was not granted at once: from now on its deadline is watched."""
         lease.wait_us = wait_us  # how long from here on, as far as the drain rate tells
         if lease.timer is None and lease.granted is not None and not lease.granted.done():
-            left_s = max(0.0, lease.deadline - self._clock())
+            left_s = max(0.0, lease.deadline - self.clock())
             lease.timer = asyncio.get_running_loop().call_later(left_s, self._expire, lease)
+
+    def tell(self, lease_id: str, standing: Standing) -> None:
+        """Where it stands, for whoever listens while it waits."""
+        lease = self.waiting.get(lease_id)
+        if lease is not None and lease.is_waiting and lease.on_wait is not None and standing.position:
+            lease.on_wait(standing.position, standing.of, standing.wait_us / US)
 
     def drop(self, lease: QueuedLease) -> bool:
         """Take it off the roster, waiting or held. False if it is on none."""
@@ -224,7 +239,7 @@ class Roster:
 
     def oldest(self) -> dict[Band, float]:
         """Seconds that the first of each band has waited."""
-        now = self._clock()
+        now = self.clock()
         found: dict[Band, float] = {}
         for lease in self.waiting.values():
             band = lease.ticket.band
@@ -276,6 +291,9 @@ class Desk(Protocol):
     def set_slots(self, worker_id: str, slots: int) -> None:
         """See `ticket.Admission`."""
 
+    def ask_standing(self, tickets: list[str]) -> None:
+        """Have the roster told where these stand."""
+
 
 class QueuedAdmission:
     """See `ticket.Admission`: takes tickets to the desk of the moment, and brings the leases back."""
@@ -286,7 +304,11 @@ class QueuedAdmission:
         self._max_wait_s = {band: limits.max_wait_s(band) for band in Band}
         self.roster = roster
         self.desk = desk
+        self.announcer = Announcer(lambda tickets: self.desk.ask_standing(tickets), roster.clock)
         self.slots: dict[str, int] = {}
+        self.limits: dict[str, int] = {}
+        self.steered: dict[str, int] = {}
+        """The limits of adaptive workers that another gateway process sets."""
         self.served: set[str] = set()
         self._closed: GatewayError | None = None
 
@@ -297,7 +319,10 @@ class QueuedAdmission:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Do what has to be done all the time."""
-        yield
+        try:
+            yield
+        finally:
+            self.announcer.close()
 
     def waiting(self, band: Band) -> int:
         """Tickets of this process that wait in `band`."""
@@ -307,8 +332,10 @@ class QueuedAdmission:
         """Slots of the worker that this process holds."""
         return self.roster.held_on(worker_id)
 
-    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None) -> None:
+    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None, limit: int | None = None) -> None:
         self.slots[worker_id] = slots
+        if limit is not None:
+            self.limits[worker_id] = limit
         (self.served.add if is_served or (is_served is None and slots) else self.served.discard)(worker_id)
         self.desk.set_slots(worker_id, self.share(slots))
 
@@ -388,6 +415,8 @@ class QueuedAdmission:
         granted = self.roster.enter(lease, limits.no_worker_timeout_s if lease.is_unserved else patience_s)
         try:
             self.desk.arrive(lease)
+            if lease.on_wait is not None and lease.is_waiting:
+                self.announcer.watch(lease)
             await granted
         except BaseException:
             # A grant may have come in the same tick as the cancellation or the expiry: a slot unused, and not paid for.
@@ -413,14 +442,14 @@ def new_name() -> str:
     return secrets.token_hex(6)
 
 
-def _refusal(lease: QueuedLease, kind: Kind, wait_us: int, standings: Sequence[Standing]) -> tuple[str, GatewayError]:
+def _refusal(lease: QueuedLease, kind: Kind, wait_us: int, readings: Sequence[Reading]) -> tuple[str, GatewayError]:
     """The name of the bound, and what the client is told."""
     if lease.reservation is not None:
-        lease.reservation.hear(standings)
+        lease.reservation.hear(readings)
         if kind is Kind.TOO_MANY:
             return CONCURRENT, lease.reservation.refusal_at_once()
         if kind is Kind.RATE_LIMITED:
-            return lease.reservation.refusal(standings, wait_us)
+            return lease.reservation.refusal(readings, wait_us)
     return kind.name.lower(), _refusal_of_order(kind, max(1.0, wait_us / US))
 
 

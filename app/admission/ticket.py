@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from app.errors import Allowance
-from app.inference import Band, InferenceRequest, Spent, TokenUsage
+from app.inference import Band, InferenceRequest, QueueListener, Spent, TokenUsage
 from app.tenant import ANONYMOUS, Tenant
 
 
@@ -17,7 +17,7 @@ class Ticket:
 
     `candidates` are worker ids, best first; `deadline` is monotonic seconds, after which the ticket must not be
     granted. `prompt_bytes` and `max_tokens` (for all of its choices together) are what its cost is estimated from; the
-    bytes are also what the request holds in memory while it waits.
+    bytes are also what the request holds in memory while it waits. `on_wait` is told where it stands: see `announcer`.
     """
 
     id: str
@@ -28,6 +28,7 @@ class Ticket:
     prompt_bytes: int = 0
     max_tokens: int | None = None
     deadline: float = float("inf")
+    on_wait: QueueListener | None = None
 
     @classmethod
     def of(cls, request: InferenceRequest, candidates: tuple[str, ...]) -> Ticket:
@@ -40,6 +41,7 @@ class Ticket:
             prompt_bytes=request.prompt_bytes,
             max_tokens=request.max_output,
             deadline=request.deadline,
+            on_wait=request.on_wait,
         )
 
 
@@ -82,9 +84,10 @@ class Admission(Protocol):
         the deadline), QueueTimeout (waited too long), NoHealthyWorker, DependencyUnavailable.
         """
 
-    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None) -> None:
+    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None, limit: int | None = None) -> None:
         """`worker_id` has `slots` from now on; 0 while it must get no new work.
 
         `is_served` tells whether tickets may wait for it with all their patience: by default when it has slots, and
-        also while a worker that is full for the moment has none.
+        also while a worker that is full for the moment has none. `limit` is what an adaptive worker was found to be
+        worth: of several gateways' limits one counts, whatever slots the others see.
         """

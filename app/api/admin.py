@@ -86,7 +86,7 @@ async def limits(runtime: RuntimeOf) -> LimitsView:
 def _limits(metered: Metered, usage: Usage, limits: Limits) -> LimitsRow:
     rows = [
         LimitRow(limit=claim.limit, most=claim.most, used=used, reset_s=reset_us / US)
-        for claim, (used, reset_us) in zip(metered.claims, usage.standings, strict=True)
+        for claim, (used, reset_us) in zip(metered.claims, usage.readings, strict=True)
     ]
     return LimitsRow(tenant=metered.tenant, concurrent=usage.live, concurrent_most=limits.concurrent, limits=rows)
 

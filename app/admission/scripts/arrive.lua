@@ -1,4 +1,4 @@
--- payload: places. body: {kind, worker or expected wait in us, standings of its claims} of each.
+-- payload: places. body: {kind, worker or expected wait in us, readings of its claims} of each.
 
 local function known(place)
   for _, worker in ipairs(place.candidates) do
@@ -22,21 +22,21 @@ local function at_once(place)
   return nil
 end
 
-local function wait(fields, place, index)
+local function wait(fields, place)
   local wait_us = expected_wait(place)
   local refused = refusal(place, wait_us)
   if refused then
     return { refused, wait_us }
   end
-  enqueue(fields, place, index)
+  enqueue(fields, place)
   for _, worker in ipairs(place.candidates) do
     grant(worker)
   end
   return { WAITS, wait_us }
 end
 
-local function arrive(fields, place, index, open)
-  local outcome = over_limits(place) or (open and at_once(place)) or wait(fields, place, index)
+local function arrive(fields, place, open)
+  local outcome = over_limits(place) or (open and at_once(place)) or wait(fields, place)
   if outcome[1] <= WAITS then
     reserve(place)
   end
@@ -50,7 +50,8 @@ end
 local body, open = {}, is_open()
 for index, fields in ipairs(payload) do
   local place = place_of(fields)
-  body[index] = known(place) or arrive(fields, place, index - 1, open)
-  body[index][3] = place.demand and standings(place.tenant, place.demand[3]) or nil
+  place.waited_us = place.waited_us - (index - 1) -- keeps those apart, in their order, that arrive in one call
+  body[index] = known(place) or arrive(fields, place, open)
+  body[index][3] = place.demand and readings(place.tenant, place.demand[3]) or nil
 end
 return answer(body)

@@ -1,5 +1,5 @@
 -- payload: {tenant, claims}. body: {flows: {band, route, candidates, tenant, tickets, oldest in us}, drains: {route,
--- gap, count}, slots: {worker, held, slots}, usages: {tenant, live, standings}}. Changes nothing, and so has no number.
+-- gap, count}, slots: {worker, held, slots}, usages: {tenant, live, readings}}. Changes nothing, and so has no number.
 
 local found, drains, held, seen, usages = {}, {}, {}, {}, {}
 for _, id in ipairs(call('HKEYS', key('tickets'))) do
@@ -23,6 +23,6 @@ for _, worker in ipairs(workers()) do
 end
 for _, metered in ipairs(payload) do
   local tenant, claims = unpack(metered)
-  table.insert(usages, { tenant, call('SCARD', key('live', tenant)), standings(tenant, claims) })
+  table.insert(usages, { tenant, call('SCARD', key('live', tenant)), readings(tenant, claims) })
 end
 return cmsgpack.pack({ OK, 0, {}, { flows, drains, held, usages } })

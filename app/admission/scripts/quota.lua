@@ -141,7 +141,7 @@ local function wait_for(meter, excess)
 end
 
 -- {used, reset in us} of each claim.
-local function standings(tenant, claims)
+local function readings(tenant, claims)
   local found = {}
   for _, claim in ipairs(claims) do
     local meter = meter_of(tenant, claim)

@@ -405,7 +405,7 @@ class LedgerMachine(RuleBasedStateMachine):
         ]
         leases = [(lease_id, worker) for lease_id, (worker, _) in known.held.items()]
         slots = sorted(SLOTS.items())
-        call = ledger.sync(leases, [*known.waiting], slots, secrets.token_hex(8), reservations)
+        call = ledger.sync(leases, [*known.waiting], slots, secrets.token_hex(8), (), reservations)
         outcome = self._call(known, call, False, reservations)
         assert isinstance(outcome, Answer)
         for lease_id in outcome.body.lost:

@@ -71,7 +71,7 @@ class Pair:
         for place, arrived in zip(places, answer.body, strict=True):
             verdict, _ = self.queue.arrive(place, self.clock.now_us)
             assert (arrived.kind, arrived.outcome) == (verdict.kind, verdict.worker or verdict.wait_us)
-            assert arrived.standings == verdict.standings
+            assert arrived.readings == verdict.readings
             self.kinds.append(verdict.kind)
             self.places.append(place)
 

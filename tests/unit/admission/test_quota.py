@@ -58,7 +58,7 @@ class Tenant:
         return objection.wait_us
 
     def used(self) -> list[int]:
-        return [standing.used for standing in self.quota.standings("t", self.demand().claims, self.now_us)]
+        return [reading.used for reading in self.quota.readings("t", self.demand().claims, self.now_us)]
 
 
 def test_a_limit_is_met_and_not_exceeded() -> None:
@@ -153,7 +153,7 @@ def test_so_many_at_once_and_one_more_when_one_ends() -> None:
 
 
 def test_a_share_of_less_than_one_is_none() -> None:
-    demand = Tenant(Limits(requests_per_min=5, concurrent=1)).demand().share(2)
+    demand = Tenant(Limits(requests_per_min=5, concurrent=1)).demand().share(lambda limit: limit // 2)
     assert (demand.claims[0].most, Quota().objection("t", demand, START) is not None) == (2, True)
 
 
