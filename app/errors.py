@@ -10,6 +10,8 @@
         ├── UnsupportedParameter    400 unsupported_parameter
         ├── ContextLengthExceeded   400 context_length_exceeded
         ├── WorkerRefused           4xx the worker's own answer to a bad request, in OpenAI's shape
+        ├── InvalidApiKey           401 invalid_api_key
+        ├── PermissionDenied        403 permission_denied
         ├── ModelNotFound           404 model_not_found
         ├── RouteNotFound           404 not_found
         ├── MethodNotAllowed        405 method_not_allowed
@@ -17,8 +19,8 @@
         ├── RequestTooLarge         413 request_too_large
         ├── UriTooLong              414 uri_too_long
         ├── UnsupportedMediaType    415 unsupported_media_type
-        ├── TenantQueueFull         429 tenant_queue_full
         ├── RateLimitExceeded       429 rate_limit_exceeded
+        ├── TenantQueueFull         429 tenant_queue_full
         ├── InsufficientQuota       429 insufficient_quota
         ├── ExpectationFailed       417 expectation_failed
         ├── HeadersTooLarge         431 headers_too_large
@@ -154,6 +156,24 @@ class WorkerRefused(InvalidRequest):
         self.code = code
 
 
+class InvalidApiKey(InvalidRequest):
+    """No key, or none that opens anything here. Which of these it was is nobody's business."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [*super().headers(), (b"www-authenticate", b"Bearer")]
+
+
+class PermissionDenied(InvalidRequest):
+    """The key is good, and not for this."""
+
+    status = 403
+    type = "permission_error"
+    code = "permission_denied"
+
+
 class ModelNotFound(InvalidRequest):
     status = 404
     code = "model_not_found"
@@ -215,16 +235,11 @@ class TenantQueueFull(GatewayError):
 
 
 class RateLimitExceeded(GatewayError):
-    """The tenant has used what a limit gives it, or asks for more than it ever gives: then waiting is no use."""
+    """The client has used what a limit gives it, or asks for more than it ever gives: then waiting is no use."""
 
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
-
-    def __init__(self, message: str, *, retry_after_s: float | None) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
-        if retry_after_s is None:
-            self.should_retry = False
 
 
 class InsufficientQuota(GatewayError):

@@ -88,11 +88,12 @@ class Reservation:
 
 
 def too_large(claim: Claim) -> GatewayError:
-    return RateLimitExceeded(
+    error = RateLimitExceeded(
         f"Request too large on {_words(claim.limit)}: Limit {claim.most}, Requested {claim.amount}. The input or output"
-        " tokens must be reduced in order to run successfully.",
-        retry_after_s=None,
+        " tokens must be reduced in order to run successfully."
     )
+    error.should_retry = False
+    return error
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 import OpenAI from "openai";
 
 const [baseURL, model, ...asked] = process.argv.slice(2);
-const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 60_000 });
+const client = new OpenAI({ baseURL, maxRetries: 0, timeout: 60_000 });
 const request = {
   model,
   messages: [{ role: "user", content: "What is the capital of France?" }],
