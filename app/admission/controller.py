@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
@@ -24,24 +25,28 @@ from app.admission.ledger import (
     Arrived,
     Call,
     Departures,
+    Heard,
     Ledger,
     LedgerChanged,
     LedgerFull,
     LedgerGone,
     LiveReservation,
+    LocalTakings,
     Outcome,
     Scripts,
     SharedRules,
     Synced,
 )
 from app.admission.local import LocalDesk
-from app.admission.quota import Metered, Settlement
+from app.admission.quota import Metered, Settlement, Taking
+from app.admission.reservation import Reservation
 from app.admission.roster import US, QueuedAdmission, QueuedLease, Roster, new_name, rules_of
 from app.errors import ConfigurationError, DependencyUnavailable, Overloaded
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics
 
 RETRY_S = 0.5
+UNTOLD = 16  # times without Redis whose takings are kept until Redis has heard of them
 ARRIVALS_PER_CALL = 512  # keeps one script call below some ten milliseconds, for all replicas' sake
 RENEWALS_PER_LEASE = 3
 REAPS_PER_LEASE = 7.5
@@ -153,6 +158,8 @@ class RedisAdmission(QueuedAdmission):
         self._ledger = Ledger(redis, roster.name, shared_rules, scripts or Scripts())
         self._sync_at = self._reap_at = self._opens_at = 0.0
         self._fenced: frozenset[str] = frozenset()
+        self._untold: deque[tuple[int, list[Taking]]] = deque(maxlen=UNTOLD)
+        self._episode = 0
         self._asked: list[tuple[asyncio.Future[Overview], Sequence[Metered]]] = []
 
     @asynccontextmanager
@@ -254,12 +261,12 @@ class RedisAdmission(QueuedAdmission):
         """All leases, those granted here too, are told before anything new is granted: a tick syncs before it asks."""
         self._log.warning("redis is back", leases=len(self.roster.held), tickets=len(self.roster.waiting))
         self._metrics.admission_degraded.set(0)
+        if isinstance(self.desk, LocalDesk):
+            self._episode += 1
+            self._untold.append((self._episode, self.desk.takings_of_ended()))
         self.desk = self._shared
         for lease in self.roster.waiting.values():
             lease.is_again = True  # the ledger will not know it, say so, and get it in the next call
-        for reservation in self.roster.reserved.values():
-            if reservation.home is not None:
-                reservation.home = self._shared
 
     def share(self, slots: int) -> int:
         """Without the ledger nobody knows what the others grant, so each keeps to its part."""
@@ -310,14 +317,26 @@ class RedisAdmission(QueuedAdmission):
         leases = [(lease.id, lease.worker_id) for lease in self.roster.held.values()]
         tickets = [lease_id for lease_id in self.roster.waiting if lease_id not in self._shared.arrivals]
         limits, slots = list(self.limits.items()), list(self.slots.items())
-        return ledger.sync(leases, tickets, slots, _new_epoch(), limits, self._reservations())
+        return ledger.sync(leases, tickets, slots, _new_epoch(), limits, self._reservations(), self._given())
+
+    def _given(self) -> list[LocalTakings]:
+        now_us = int(self._clock() * US)
+        return [
+            LocalTakings(number, [(*taking[:3], now_us - taking.taken_us, taking.amount) for taking in takings])
+            for number, takings in self._untold
+        ]
 
     def _reservations(self) -> list[LiveReservation]:
         now = self._clock()
         return [
-            LiveReservation(name, made.tenant, int((now - made.made) * US), made.demand.claims, made.home is not None)
+            LiveReservation(name, made.tenant, int((now - made.made) * US), made.demand.claims, self._heard(made))
             for name, made in self.roster.reserved.items()
         ]
+
+    def _heard(self, reservation: Reservation) -> Heard:
+        if reservation.home is None:
+            return Heard.NOTHING
+        return Heard.TAKEN if reservation.home is self._shared else Heard.GIVEN
 
     def _hear(self, outcome: Outcome) -> Answer | None:
         """What all calls have in common: grants, and whether the ledger wants to be told anew."""
@@ -346,6 +365,10 @@ class RedisAdmission(QueuedAdmission):
         if answer is None:
             return
         synced: Synced = answer.body
+        self._untold.clear()
+        for reservation in self.roster.reserved.values():
+            if reservation.home is not None:
+                reservation.home = self._shared
         self.steered = dict(synced.steered)
         self._census.heard(synced.replicas, self._clock())
         self._ledger.expect(self._census.processes)

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import IntEnum
 from hashlib import sha1
 from importlib import resources
 from typing import Any, TypeVar
@@ -96,14 +97,31 @@ class Synced(msgspec.Struct, array_like=True, frozen=True):
     replicas: int = 1
 
 
+class Heard(IntEnum):
+    """What a replica knows of a live reservation: nothing yet; its claims are taken; it gave them itself."""
+
+    NOTHING = 0
+    TAKEN = 1
+    GIVEN = 2
+
+
 class LiveReservation(msgspec.Struct, array_like=True, frozen=True):
-    """A reservation that is not settled. `is_certain`: its claims are taken; else nobody has heard yet."""
+    """A reservation that is not settled."""
 
     reservation: str
     tenant: str
     age_us: int
     claims: tuple[Claim, ...]
-    is_certain: bool
+    heard: Heard
+
+
+class LocalTakings(msgspec.Struct, array_like=True, frozen=True):
+    """What a replica gave while it could not ask, to requests that have ended: (tenant, limit, window in us, age in us,
+    amount). Numbered, so that it is taken once however often it is told.
+    """
+
+    number: int
+    takings: Sequence[tuple[str, str, int, int, int]]
 
 
 class Reaped(msgspec.Struct, array_like=True, frozen=True):
@@ -185,12 +203,14 @@ def sync(
     new_epoch: str,
     limits: Sequence[tuple[str, int]] = (),
     reservations: Sequence[LiveReservation] = (),
+    given: Sequence[LocalTakings] = (),
 ) -> Call:
     """All that the replica holds, waits for, sees and has reserved; `new_epoch` is used if the ledger begins anew.
 
-    `limits` are those that it would give to adaptive workers, (worker, limit).
+    `limits` are those that it would give to adaptive workers, (worker, limit); `given` is what it gave of tenants'
+    limits by itself.
     """
-    return Call("sync", _encode((leases, tickets, slots, new_epoch, limits, reservations)), Synced)
+    return Call("sync", _encode((leases, tickets, slots, new_epoch, limits, reservations, given)), Synced)
 
 
 def look(metered: Sequence[Metered] = ()) -> Call:

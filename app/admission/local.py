@@ -8,7 +8,7 @@ import msgspec
 
 from app import settings
 from app.admission.fairness import Debt, Grant, Kind, Overview, Queue, Rules
-from app.admission.quota import Metered, Settlement
+from app.admission.quota import Metered, Settlement, Taking
 from app.admission.reservation import Reservation
 from app.admission.roster import US, QueuedAdmission, QueuedLease, Roster, new_name, rules_of
 from app.telemetry.metrics import Metrics
@@ -64,6 +64,10 @@ class LocalDesk:
         """It was made elsewhere, and its claims were taken there; here it counts as one of those at once."""
         demand = msgspec.structs.replace(reservation.demand, claims=())
         self._queue.quota.hold(reservation.tenant, demand, int(self._clock() * US))
+
+    def takings_of_ended(self) -> list[Taking]:
+        """What it gave of its part of the limits, but to those that still run; the desk is not used any more."""
+        return self._queue.quota.takings_of_ended(int(self._clock() * US))
 
     def set_slots(self, worker_id: str, slots: int) -> None:
         now = self._clock()

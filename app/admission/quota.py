@@ -102,6 +102,16 @@ class Usage(msgspec.Struct, array_like=True, frozen=True):
     readings: list[Reading]
 
 
+class Taking(NamedTuple):
+    """An amount that a tenant took of a limit, `taken_us` at the latest."""
+
+    tenant: str
+    limit: str
+    window_us: int
+    taken_us: int
+    amount: int
+
+
 class Objection(NamedTuple):
     """A demand is not met: `is_live` because of those at once, else because of a window, until after the wait."""
 
@@ -269,6 +279,17 @@ class Quota:
                 meter.give_back(claim.amount - amount, reserved.taken_us, now_us)
             else:
                 meter.take(amount - claim.amount, now_us)
+
+    def takings_of_ended(self, now_us: int) -> list[Taking]:
+        """All that is taken now, after every live reservation has given back what it took."""
+        for name, made in [*self._reserved.items()]:
+            self.settle(Settlement(name, (0,) * len(made.claims)), now_us)
+        return [
+            Taking(tenant, limit, meter.width_us * SLICES, min(now_us, (slice_ + 1) * meter.width_us - 1), amount)
+            for (limit, tenant), meter in self._meters.items()
+            if meter.used(now_us)
+            for slice_, amount in meter.slices.items()
+        ]
 
     def usage(self, metered: Metered, now_us: int) -> Usage:
         tenant, claims = metered

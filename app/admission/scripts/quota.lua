@@ -4,6 +4,7 @@
 --                              in, and sixtieth -> what was taken in it. Expires when all has come back
 --   reserved           hash    reservation -> {tenant, time, claims}. An id names its replica, as a ticket's does
 --   live:TENANT        set     the tenant's reservations
+--   told               hash    replica -> number of the last of what it gave by itself and told
 
 local RATE_LIMITED, TOO_MANY = 6, 7
 local SLICES = 60
@@ -80,6 +81,15 @@ local function take_of(meter, amount)
   if amount > 0 then
     meter.sum, meter.last = meter.sum + amount, meter.current
     put(meter, meter.current, taken_in(meter, meter.current) + amount)
+  end
+end
+
+-- What was taken elsewhere, then.
+local function take_as_of(meter, amount, taken_us)
+  local slice = math.min(math.floor(taken_us / meter.width), meter.current)
+  if slice >= meter.current - SLICES then
+    meter.sum, meter.last = meter.sum + amount, math.max(meter.last, slice)
+    put(meter, slice, taken_in(meter, slice) + amount)
   end
 end
 

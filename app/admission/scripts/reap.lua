@@ -22,6 +22,7 @@ local function reap_replicas()
       call('ZREM', key('synced'), replica)
       call('HDEL', key('calls'), replica)
       call('HDEL', key('replies'), replica)
+      call('HDEL', key('told'), replica)
       for _, worker in ipairs(workers()) do
         call('HDEL', key('view', worker), replica)
         call('HDEL', key('limit', worker), replica)

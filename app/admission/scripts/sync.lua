@@ -1,11 +1,11 @@
 -- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch, limits: {worker, limit}, reservations:
--- {id, tenant, age in us, claims, whether it is certain that they are taken}}: all that the replica holds, waits for,
--- sees and has reserved. It is made so here: leases are renewed, or taken again while there is room; reservations are
+-- {id, tenant, age in us, claims, what is heard of it}, given: {number, {tenant, limit, window, age
+-- in us, amount}}}: all that the replica holds, waits for, sees, has reserved and gave by itself. It is made so here: leases are renewed, or taken again while there is room; reservations are
 -- noted again, but nothing is taken for them twice; what the replica does not know is removed. body: {epoch, ids of
 -- leases without a slot, ids of tickets that do not wait here, limits that others set: {worker, limit}, how many
 -- replicas are alive}.
 
-local leases, tickets, views, new_epoch, limits, reservations = unpack(payload)
+local leases, tickets, views, new_epoch, limits, reservations, given = unpack(payload)
 local holds, waits, sees, reserves = {}, {}, {}, {}
 for _, lease in ipairs(leases) do
   holds[lease[1]] = lease[2]
@@ -66,18 +66,35 @@ local function renew(worker)
   end
 end
 
--- One that is not certain is on its way, or its arrival was lost; its ticket will arrive again and tell.
+-- One that nothing is heard of is on its way, or its arrival was lost: its ticket will arrive again and tell.
+local NOTHING, GIVEN = 0, 2
 local function renew_reservations()
   for _, reservation in ipairs(reservations) do
-    local id, tenant, age_us, claims, is_certain = unpack(reservation)
+    local id, tenant, age_us, claims, heard = unpack(reservation)
     reserves[id] = true
-    if is_certain then
-      hold_reservation(id, tenant, now - age_us, claims)
+    if heard ~= NOTHING and hold_reservation(id, tenant, now - age_us, claims) and heard == GIVEN then
+      for _, claim in ipairs(claims) do
+        take_as_of(meter_of(tenant, claim), claim[4], now - age_us)
+      end
     end
   end
   for _, id in ipairs(call('HKEYS', key('reserved'))) do
     if replica_of(id) == me and not reserves[id] then
       end_reservation(id)
+    end
+  end
+end
+
+-- What the replica gave of limits while it could not ask, to requests that have ended, once.
+local function take_what_was_given()
+  for _, episode in ipairs(given) do
+    local episode_number, takings = unpack(episode)
+    if episode_number > number_of(call('HGET', key('told'), me)) then
+      call('HSET', key('told'), me, episode_number)
+      for _, taking in ipairs(takings) do
+        local tenant, limit, window_us, age_us, amount = unpack(taking)
+        take_as_of(meter_of(tenant, { limit, 0, window_us }), amount, now - age_us)
+      end
     end
   end
 end
@@ -100,6 +117,7 @@ for _, id in ipairs(call('HKEYS', key('tickets'))) do
     dequeue(ticket(id))
   end
 end
+take_what_was_given()
 renew_reservations()
 local lost, missing = {}, {}
 for _, lease in ipairs(leases) do

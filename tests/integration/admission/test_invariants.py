@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 
 from app.admission import ledger
 from app.admission.fairness import Debt, Grant, Kind, Place
-from app.admission.ledger import Answer, Call, Departures, LedgerChanged, LedgerFull, LiveReservation
+from app.admission.ledger import Answer, Call, Departures, Heard, LedgerChanged, LedgerFull, LiveReservation
 from app.admission.quota import MINUTE_US, Claim, Demand, Settlement
 from tests.integration.admission.driving import LEASE_US, RULES, Clock, Replica
 from tests.integration.admission.fleet import PREFIX, Dump
@@ -55,7 +55,7 @@ class Made:
     tenant: str
     at_us: int
     claims: tuple[Claim, ...]
-    is_certain: bool = False
+    heard: Heard = Heard.NOTHING
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Truth:
         for name in gone:
             del self.live[name]
         for made in told:
-            if made.is_certain:
+            if made.heard:
                 self.live.setdefault(made.reservation, (made.tenant, made.claims[0].amount))
 
 
@@ -386,7 +386,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if place.demand is not None:
             made = known.reserved.pop(place.demand.reservation)
             if kind <= Kind.WAITS:
-                known.reserved[place.demand.reservation] = replace(made, is_certain=True)
+                known.reserved[place.demand.reservation] = replace(made, heard=Heard.TAKEN)
 
     def _tell_settled(self, known: Known, loses_reply: bool) -> None:
         """Settlements are told until they are heard."""
@@ -400,7 +400,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if known.unheard:
             self._tell_settled(known, False)
         reservations = [
-            LiveReservation(name, made.tenant, self.clock.now_us - made.at_us, made.claims, made.is_certain)
+            LiveReservation(name, made.tenant, self.clock.now_us - made.at_us, made.claims, made.heard)
             for name, made in known.reserved.items()
         ]
         leases = [(lease_id, worker) for lease_id, (worker, _) in known.held.items()]
