@@ -263,7 +263,7 @@ class Admission(Part):
         1,
         ge=1,
         le=1000,
-        description="gateway replicas at the least; the ledger counts the living. Without Redis each uses its part",
+        description="gateway replicas at least; the ledger counts those that live. Without Redis each uses its part",
     )
     without_redis: Literal["local", "refuse"] = Field(
         "local", description="while Redis is gone: serve a static share, or answer 503"

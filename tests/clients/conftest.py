@@ -20,16 +20,25 @@ async def fake() -> AsyncIterator[FakeWorker]:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def served(fake: FakeWorker, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+async def narrow() -> AsyncIterator[FakeWorker]:
+    """The worker of the model `narrow`, which has one slot."""
+    async with FakeWorker("narrow") as worker:
+        yield worker
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def served(
+    fake: FakeWorker, narrow: FakeWorker, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Served]:
     async with FakeWorker("embed", task="embed") as embedder:
-        models = [model("smollm2", fake), model("embed", embedder)]
+        models = [model("smollm2", fake), model("embed", embedder), model("narrow", narrow, max_concurrency=1)]
         directory = tmp_path_factory.mktemp("clients")
         keys = await issue_keys(directory / "keys.yaml", "acme", admin="operators")
         auth = {"enabled": True, "key_files": [str(directory / "keys.yaml")]}
         async with GatewayProcess(
             directory, models, key=keys["acme"], admin_key=keys["operators"], auth=auth
         ) as gateway:
-            await gateway.ready(fake, embedder)
+            await gateway.ready(fake, embedder, narrow)
             yield Served(gateway, "smollm2", "smollm2:v", fake.url, keys["acme"])
 
 
