@@ -1,10 +1,12 @@
--- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch, limits: {worker, limit}}: all that the
--- replica holds, waits for and sees. It is made so here: leases are renewed, or taken again while there is room; what
--- the replica does not know is removed. body: {epoch, ids of leases without a slot, ids of tickets that do not wait
--- here, limits that others set: {worker, limit}, how many replicas are alive}.
+-- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch, limits: {worker, limit}, reservations:
+-- {id, tenant, age in us, claims, whether it is certain that they are taken}}: all that the replica holds, waits for,
+-- sees and has reserved. It is made so here: leases are renewed, or taken again while there is room; reservations are
+-- noted again, but nothing is taken for them twice; what the replica does not know is removed. body: {epoch, ids of
+-- leases without a slot, ids of tickets that do not wait here, limits that others set: {worker, limit}, how many
+-- replicas are alive}.
 
-local leases, tickets, views, new_epoch, limits = payload[1], payload[2], payload[3], payload[4], payload[5]
-local holds, waits, sees = {}, {}, {}
+local leases, tickets, views, new_epoch, limits, reservations = unpack(payload)
+local holds, waits, sees, reserves = {}, {}, {}, {}
 for _, lease in ipairs(leases) do
   holds[lease[1]] = lease[2]
 end
@@ -64,6 +66,22 @@ local function renew(worker)
   end
 end
 
+-- One that is not certain is on its way, or its arrival was lost; its ticket will arrive again and tell.
+local function renew_reservations()
+  for _, reservation in ipairs(reservations) do
+    local id, tenant, age_us, claims, is_certain = unpack(reservation)
+    reserves[id] = true
+    if is_certain then
+      hold_reservation(id, tenant, now - age_us, claims)
+    end
+  end
+  for _, id in ipairs(call('HKEYS', key('reserved'))) do
+    if replica_of(id) == me and not reserves[id] then
+      end_reservation(id)
+    end
+  end
+end
+
 local last = tonumber(call('HGET', key('calls'), me) or -1)
 if answered <= last then
   if number == last then
@@ -82,6 +100,7 @@ for _, id in ipairs(call('HKEYS', key('tickets'))) do
     dequeue(ticket(id))
   end
 end
+renew_reservations()
 local lost, missing = {}, {}
 for _, lease in ipairs(leases) do
   local id, worker = lease[1], lease[2]
