@@ -22,7 +22,6 @@ SLOW = (
     "tests/e2e/",
     "tests/integration/faults/",
     "tests/integration/admission/test_equivalence.py",
-    "tests/integration/admission/test_broken_scripts.py",
     "tests/integration/admission/test_invariants.py",
     "tests/hostile/test_openapi_fuzz.py",
     "tests/monitoring/test_series.py",
