@@ -51,7 +51,7 @@ async def test_slots_and_tickets_are_shown(house: House) -> None:
     house.narrow.resume()
     answers = await asyncio.gather(*asked)
     waits = sorted(float(answer.headers["x-sluice-queue-ms"]) for answer in answers)
-    assert waits[0] == 0
+    assert waits[0] < waits[1]
     assert waits[1] > 0
 
 
