@@ -90,11 +90,10 @@ class AdaptiveSlots:
     @property
     def room(self) -> int:
         """What the engine has room for, as far as it is known."""
-        if self._kv_users < 1:
-            by_kv = self.most
-        else:
-            by_kv = int(KV_MOST * self._kv_users / self._kv_used) if self._kv_used > 0 else self.most
-        return max(1, min(self.most, by_kv, self._takes or self.most))
+        by_kv: float = self.most
+        if self._kv_users >= 1 and self._kv_used > 0:
+            by_kv = min(by_kv, KV_MOST * self._kv_users / self._kv_used)
+        return max(1, min(int(by_kv), self._takes or self.most))
 
     def _forget(self) -> None:
         """A worker that is new, or was restarted."""

@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.admission.slots import HOLD, KV_MOST, WINDOW, AdaptiveSlots
@@ -146,6 +146,7 @@ def test_requests_that_grow_push_it_down_at_once_and_small_ones_let_it_up_again(
     assert slots.limit == 64
 
 
+@example([(1, 0, 5e-324, 1.0)] * 3)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300), st.floats(0, 1), st.floats(0, 1e4)), max_size=60))
 def test_whatever_it_reads_it_stays_within_its_bounds(readings: list[tuple[int, int, float, float]]) -> None:
     slots, generated = AdaptiveSlots(100), 0.0
