@@ -71,6 +71,7 @@ class Dispatch:
     """Innermost: the inference routes go straight to their endpoint, everything else to the FastAPI application.
 
     FastAPI's own stack costs more CPU than the whole relay of a short answer, and none of it is used on this path.
+    A path has one spelling: what a rule of a proxy in front forbids as `/metrics` must not get past it as `/%6detrics`.
     With a listener of their own, operators' routes are unknown on the public one; which listener a request came to
     is read from its socket, never from a header.
     """
@@ -86,6 +87,8 @@ class Dispatch:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             path = scope["path"]
+            if b"%" in scope["raw_path"] and not path.startswith(ENCODED_BELOW):
+                raise RouteNotFound(f"Unknown request URL: {scope['method']} {path[:200]}.")
             if self._admin_port is not None:
                 self._check_listener(scope, path)
             if path in self._inference.paths:
@@ -101,6 +104,7 @@ class Dispatch:
             raise RouteNotFound(f"Unknown request URL: {scope['method']} {path[:200]}.")
 
 
+ENCODED_BELOW = "/v1/models/"  # names of models may hold a slash, which clients encode
 PROBES = frozenset({"/healthz", "/readyz"})
 
 

@@ -13,7 +13,6 @@ async def send_error(error: GatewayError, send: Send) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
-        (b"cache-control", b"no-store"),
         *error.headers(),
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

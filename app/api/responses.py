@@ -9,7 +9,7 @@ from app.gateway import Reply
 
 Headers = list[tuple[bytes, bytes]]
 
-_NO_BUFFERING: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+_NO_BUFFERING: Headers = [(b"x-accel-buffering", b"no")]
 
 
 async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None:

@@ -25,6 +25,22 @@ class Log(Protocol):
 _DELIBERATE = "ASGI callable returned without completing response."
 
 
+def _render_text(logger: Any, name: str, event: structlog.typing.EventDict) -> str:
+    """A readable line. What servers and clients wrote stays inside it: no line, colour or cursor of theirs."""
+    rendered = _CONSOLE(logger, name, {key: _visible(value, key) for key, value in event.items()})
+    return str(rendered)
+
+
+_CONSOLE = structlog.dev.ConsoleRenderer(colors=False)
+
+
+def _visible(value: Any, key: str) -> Any:
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    kept = "\n" if key == "exception" else ""
+    return "".join(char if char.isprintable() or char in kept else repr(char)[1:-1] for char in value)
+
+
 def open_log(settings: Logs) -> Log:
     """A logger that writes to stderr, and the standard library's loggers (uvicorn's among them) routed into it."""
     level = logging.getLevelNamesMapping()[settings.level.upper()]
@@ -33,9 +49,7 @@ def open_log(settings: Logs) -> Log:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if settings.format == "json"
-        else structlog.dev.ConsoleRenderer(colors=False)
+        structlog.processors.JSONRenderer() if settings.format == "json" else _render_text
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
