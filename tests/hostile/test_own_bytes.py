@@ -97,12 +97,10 @@ async def gateway(
     directory = tmp_path_factory.mktemp("nonces")
     async with AsyncExitStack() as stack:
         workers = [await stack.enter_async_context(FakeWorker("m")) for _ in range(2)]
-        shared = {}
+        settings: dict[str, Any] = {"logs": {"requests": "none"}}
         if request.param != "alone":
-            shared = {"redis": {"url": stack.enter_context(Valkey(directory)).url}}
-        gateway = GatewayProcess(
-            directory, [model("m", *workers, max_concurrency=16)], logs={"requests": "none"}, **shared
-        )
+            settings["redis"] = {"url": stack.enter_context(Valkey(directory)).url}
+        gateway = GatewayProcess(directory, [model("m", *workers, max_concurrency=16)], **settings)
         await stack.enter_async_context(gateway)
         await gateway.ready(*workers)
         yield gateway
