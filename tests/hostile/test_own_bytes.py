@@ -19,7 +19,7 @@ import pytest_asyncio
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.running import GatewayProcess, model
-from tests.integration.gateway.wire import Wire, connected
+from tests.integration.gateway.wire import READ_TIMEOUT_S, Wire, connected
 from tests.processes import Valkey
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -65,7 +65,7 @@ class Client:
         told = bytearray()
         leaves = chance.random() < 0.25
         try:
-            async with asyncio.timeout(chance.random() * 0.03 if leaves else 30):
+            async with asyncio.timeout(chance.random() * 0.03 if leaves else READ_TIMEOUT_S):
                 await self._read(wire, told, stream=stream)
         except TimeoutError:
             if not leaves:
@@ -97,7 +97,12 @@ async def gateway(
     directory = tmp_path_factory.mktemp("nonces")
     async with AsyncExitStack() as stack:
         workers = [await stack.enter_async_context(FakeWorker("m")) for _ in range(2)]
-        settings: dict[str, Any] = {"logs": {"requests": "none"}}
+        # Workers and clients share one busy event loop here: nobody is to be left, or given up on, for being slow.
+        settings: dict[str, Any] = {
+            "logs": {"requests": "none"},
+            "health": {"probe_timeout_s": 30, "progress_timeout_s": 600},
+            "admission": {"queue_timeout_s": 120, "no_worker_timeout_s": 60},
+        }
         if request.param != "alone":
             settings["redis"] = {"url": stack.enter_context(Valkey(directory)).url}
         gateway = GatewayProcess(directory, [model("m", *workers, max_concurrency=16)], **settings)
