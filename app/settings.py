@@ -13,13 +13,23 @@ from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.errors import ConfigurationError
 
 CONFIG_FILE_MAX_BYTES = 4 * 1024 * 1024
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
+TENANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 VARIANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
 
 
@@ -84,9 +94,65 @@ class Redis(Part):
 
 
 class Auth(Part):
-    """API keys."""
+    """API keys: from files, and from Redis where there is one.
 
-    enabled: bool = False
+    `secret` is what digests of keys and cache salts are made with, the same on all replicas; better in a file or in
+    the environment (`SLUICE_AUTH__SECRET`) than in the configuration. Another secret makes all keys unknown.
+    """
+
+    enabled: bool | None = Field(None, description="left out: unless all listeners are on loopback")
+    key_files: tuple[Path, ...] = ()
+    secret: SecretStr | None = None
+    secret_file: Path | None = None
+    stale_s: float = Field(86_400, ge=0, description="how long known keys work while their store is out of reach")
+    failures_per_min: int = Field(120, ge=1, le=1_000_000, description="wrong keys of one address, before it gets 429")
+
+    @model_validator(mode="after")
+    def _has_one_secret(self) -> Auth:
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("secret and secret_file are both given")
+        return self
+
+
+class TenantLimits(Part):
+    """What a tenant may use, over all replicas; left out, there is no limit."""
+
+    requests_per_min: int | None = Field(None, ge=1)
+    tokens_per_min: int | None = Field(None, ge=1, description="input and output together")
+    input_tokens_per_min: int | None = Field(None, ge=1)
+    output_tokens_per_min: int | None = Field(None, ge=1)
+    tokens_per_day: int | None = Field(None, ge=1, description="input and output together")
+    concurrent: int | None = Field(None, ge=1, description="requests that wait or run at once")
+
+
+class TenantTerms(Part):
+    """What a tenant gets."""
+
+    weight: float = Field(1, gt=0, le=1_000_000, description="its share beside other tenants'")
+    ceiling: BandName = Field("priority", description="the highest band it gets, whatever `service_tier` asks for")
+    models: frozenset[str] | None = Field(
+        None, description="models (`m`) and variants (`m:v`) that it may use; left out: all"
+    )
+    limits: TenantLimits = TenantLimits()
+    max_tokens: int | None = Field(None, ge=1, description="the most that one request may ask for")
+    engine_fields: bool = Field(False, description="pass fields on that steer the engine itself")
+    resume: bool | None = Field(
+        None, description="go on with a broken stream on another worker; left out: as its model says"
+    )
+    degrade: bool = Field(False, description="may be served by a lesser variant under pressure")
+
+
+class Tenant(TenantTerms):
+    """Who pays."""
+
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def _is_tenant_name(cls, name: str) -> str:
+        if not TENANT_NAME.match(name):
+            raise ValueError("a tenant's name has letters, digits and . _ - only, 64 at most")
+        return name
 
 
 class Worker(Part):
@@ -194,7 +260,6 @@ class Admission(Part):
     trust_tenant_header: bool = Field(
         False, description="take the tenant from `x-sluice-tenant`; only behind a proxy that sets it"
     )
-    weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="tenant to its fair share, default 1")
 
     def max_wait_s(self, band: str) -> float:
         return dict[str, float](**self.queue_timeout_by_band_s).get(band, self.queue_timeout_s)
@@ -257,9 +322,6 @@ class Limits(Part):
     body_timeout_s: float = Field(30, gt=0, le=600, description="from the headers' end to the body's")
     body_grace_s: float = Field(5, ge=0, le=600, description="before the lowest rate of a body counts")
     body_bytes_per_s: float = Field(16 * 1024, gt=0, description="lowest rate of a body, after the grace")
-    keep_request_ids: bool = Field(
-        False, description="take `x-request-id` from clients: only behind a proxy of one's own that sets it"
-    )
 
 
 class Structured(Part):
@@ -330,6 +392,8 @@ class Settings(BaseSettings):
     redis: Redis | None = None
     auth: Auth = Auth()
     models: tuple[Model, ...] = ()
+    tenants: tuple[Tenant, ...] = ()
+    default_tenant: TenantTerms = Field(TenantTerms(), description="the terms of all whom `tenants` does not name")
     admission: Admission = Admission()
     routing: Routing = Routing()
     relay: Relay = Relay()
@@ -337,6 +401,10 @@ class Settings(BaseSettings):
     parameters: Parameters = Parameters()
     health: Health = Health()
     logs: Logs = Logs()
+    drain_notice_s: float = Field(
+        5, ge=0, le=600, description="after SIGTERM: unready, but still accepting, until load balancers have noticed"
+    )
+    drain_queue_s: float = Field(20, ge=0, le=3600, description="after SIGTERM: time for those who wait to get a slot")
     drain_timeout_s: float = Field(30, ge=0, le=3600, description="after SIGTERM: time for open requests to finish")
 
     @classmethod
@@ -359,11 +427,19 @@ class Settings(BaseSettings):
         places = [worker.authority for model in self.models for variant in model.variants for worker in variant.workers]
         if len(set(places)) != len(places):
             raise ValueError("a worker's url is listed twice")
+        if len({tenant.name for tenant in self.tenants}) != len(self.tenants):
+            raise ValueError("a tenant is listed twice")
         if self.redis is not None and self.redis.tls is not None and not self.redis.url.startswith("rediss://"):
             raise ValueError("redis.tls needs a url with rediss")
-        if self.auth.enabled:
-            raise ValueError("auth.enabled: this release has no API keys; bind to loopback or put a proxy in front")
         return self
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether keys are asked for: as configured, and otherwise unless all listeners are on loopback."""
+        if self.auth.enabled is not None:
+            return self.auth.enabled
+        hosts = [self.listen.host, *([self.admin.host] if self.admin else [])]
+        return not all(is_loopback(host) for host in hosts)
 
 
 def load_settings(
@@ -381,7 +457,18 @@ def load_settings(
         listen = Listen(**{**settings.listen.model_dump(), **{k: v for k, v in flags.items() if v is not None}})
     except ValidationError as error:
         raise ConfigurationError(f"{where}: {_first_line(error)}") from None
-    return settings.model_copy(update={"listen": listen})
+    # What operators ask for is not for everybody who can reach a public address.
+    admin = settings.admin or (None if is_loopback(listen.host) else Admin())
+    settings = settings.model_copy(update={"listen": listen, "admin": admin})
+    _check_listeners(settings, where)
+    return settings
+
+
+def _check_listeners(settings: Settings, where: str) -> None:
+    if settings.is_guarded and settings.admission.trust_tenant_header:
+        raise ConfigurationError(f"{where}: admission.trust_tenant_header: needs auth: {{enabled: false}}")
+    if settings.admin and settings.admin.port == settings.listen.port != 0:
+        raise ConfigurationError(f"{where}: admin.port: the same as listen.port")
 
 
 def is_loopback(host: str) -> bool:

@@ -9,13 +9,14 @@ from math import inf
 
 from starlette.types import Receive, Scope, Send
 
+from app.api.access import caller_of
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
-from app.api.responses import send_reply
-from app.errors import InvalidRequest, InvalidValue
+from app.api.responses import end_stream, send_reply
+from app.errors import Draining, InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
 from app.runtime import Runtime
-from app.settings import Admission, Settings
+from app.settings import Settings
 from app.telemetry.account import UNRESOLVED
 
 TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[ -~]{0,128})?")
@@ -23,12 +24,10 @@ TRACE_STATE = re.compile(rb"[ -~]{1,512}")
 TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
-TENANT_HEADER = b"x-sluice-tenant"
-TENANT = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]], settings: Admission) -> None:
-    """What the headers say about a request: whose it is, until when, of which trace. Raises InvalidValue."""
+def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """What the headers say about a request: until when, of which trace. Raises InvalidValue."""
     traces = []
     for name, value in headers:
         if name in TRACE_HEADERS:
@@ -38,9 +37,6 @@ def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes
             request.deadline = min(request.deadline, request.arrived + _milliseconds(value) / 1000)
         elif name == CLIENT_TIMEOUT_HEADER:
             request.deadline = min(request.deadline, request.arrived + _patience_s(value))
-        elif name == TENANT_HEADER and settings.trust_tenant_header:
-            request.tenant = _tenant(value)
-            request.weight = settings.weights.get(request.tenant, 1.0)
     request.trace_headers = tuple(traces)
 
 
@@ -59,12 +55,6 @@ def _patience_s(value: bytes) -> float:
     return seconds if seconds > 0 else inf
 
 
-def _tenant(value: bytes) -> str:
-    if not TENANT.fullmatch(value):
-        raise InvalidValue("The header x-sluice-tenant is expected to be 1 to 128 visible characters.")
-    return value.decode()
-
-
 class InferenceRoutes:
     """Serves a POST to any of the inference routes."""
 
@@ -81,9 +71,13 @@ class InferenceRoutes:
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
             raise
         client = connection_of(scope)
-        with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s):
-            with await runtime.gateway.serve(request) as reply:
-                await send_reply(reply, send, client)
+        try:
+            with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s, runtime.drain):
+                with await runtime.gateway.serve(request) as reply:
+                    await send_reply(reply, send, client)
+        except Draining as error:
+            end_stream(error, request.route, scope, client)
+            raise
 
     def _request(self, scope: Scope, body: bytes, arrived: float, settings: Settings) -> InferenceRequest:
         request = InferenceRequest.parse(
@@ -92,6 +86,8 @@ class InferenceRoutes:
             route=self.paths[scope["path"]],
             arrived=arrived,
             limits=settings.parameters,
+            tenant=caller_of(scope).tenant,
         )
-        read_headers(request, scope["headers"], settings.admission)
+        request.client_id = scope["client_request_id"]
+        read_headers(request, scope["headers"])
         return request

@@ -25,32 +25,10 @@ class Log(Protocol):
 _DELIBERATE = "ASGI callable returned without completing response."
 
 
-def _render_text(logger: Any, name: str, event: structlog.typing.EventDict) -> str:
-    """A readable line. What servers and clients wrote stays inside it: no line, colour or cursor of theirs."""
-    rendered = _CONSOLE(logger, name, {key: _visible(value, key) for key, value in event.items()})
-    return str(rendered)
-
-
-_CONSOLE = structlog.dev.ConsoleRenderer(colors=False)
-
-
-def _visible(value: Any, key: str) -> Any:
-    if not isinstance(value, str) or value.isprintable():
-        return value
-    kept = "\n" if key == "exception" else ""
-    return "".join(char if char.isprintable() or char in kept else repr(char)[1:-1] for char in value)
-
-
 def open_log(settings: Logs) -> Log:
     """A logger that writes to stderr, and the standard library's loggers (uvicorn's among them) routed into it."""
     level = logging.getLevelNamesMapping()[settings.level.upper()]
-    shared: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if settings.format == "json" else _render_text
-    )
+    shared, renderer = _shared(), _renderer(settings)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -67,10 +45,46 @@ def open_log(settings: Logs) -> Log:
     root.handlers = [handler]
     root.setLevel(max(level, logging.INFO))
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    return _logger(settings, level)
+
+
+def open_audit(settings: Logs) -> Log:
+    """A logger for what operators do: in the same place and form, whatever level the log has."""
+    return _logger(settings, logging.INFO)
+
+
+def _logger(settings: Logs, level: int) -> Log:
     log: Log = structlog.wrap_logger(
         structlog.PrintLogger(sys.stderr),
-        processors=[*shared, structlog.processors.format_exc_info, renderer],
+        processors=[*_shared(), structlog.processors.format_exc_info, _renderer(settings)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
     return log
+
+
+def _shared() -> list[structlog.typing.Processor]:
+    return [structlog.stdlib.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
+
+
+def _renderer(settings: Logs) -> structlog.typing.Processor:
+    if settings.format == "json":
+        return structlog.processors.JSONRenderer()
+    return _text_renderer()
+
+
+def _text_renderer() -> structlog.typing.Processor:
+    """A readable line. What servers and clients wrote stays inside it: no line, colour or cursor of theirs."""
+    console = structlog.dev.ConsoleRenderer(colors=False)
+
+    def render(logger: Any, name: str, event: structlog.typing.EventDict) -> str:
+        return str(console(logger, name, {key: _visible(value, key) for key, value in event.items()}))
+
+    return render
+
+
+def _visible(value: Any, key: str) -> Any:
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    kept = "\n" if key == "exception" else ""
+    return "".join(char if char.isprintable() or char in kept else repr(char)[1:-1] for char in value)
