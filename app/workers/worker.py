@@ -193,8 +193,9 @@ class Worker:
     """A worker as this process knows it.
 
     `in_flight` counts the attempts that this process has open on it. `strangers` are the requests that its engine
-    works on and that nobody here holds a slot for. `latency_s` is the moving average from dispatch to first byte, 0
-    while it is unknown. `doubt` is what speaks against its version.
+    works on and that nobody here holds a slot for. `limit` is what was found to be worth while of the slots of a worker
+    that adapts. `latency_s` is the moving average from dispatch to first byte, 0 while it is unknown. `doubt` is what
+    speaks against its version.
     """
 
     address: WorkerAddress
@@ -203,6 +204,7 @@ class Worker:
     load: EngineLoad | None = None
     context_length: int | None = None
     doubt: str | None = None
+    limit: int | None = None
     in_flight: int = 0
     strangers: int = 0
     latency_s: float = 0.0
@@ -213,6 +215,11 @@ class Worker:
     @property
     def id(self) -> str:
         return self.address.id
+
+    @property
+    def slots(self) -> int:
+        """The most that it is to hold at once."""
+        return self.address.slots if self.limit is None else self.limit
 
     @property
     def is_ready(self) -> bool:

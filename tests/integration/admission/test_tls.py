@@ -105,7 +105,6 @@ async def test_the_user_that_is_advised_can_do_what_is_needed_and_no_more(own_va
             "FLUSHALL",
             "CONFIG GET *",
             "KEYS *",
-            "DEBUG SLEEP 0",
             "SCRIPT FLUSH",
             "SET other 1",
         ):
