@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.rate_limits import rate_limit_headers
 from app.errors import GatewayError
 
 
@@ -14,6 +15,7 @@ async def send_error(error: GatewayError, send: Send) -> None:
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         *error.headers(),
+        *rate_limit_headers(error.allowances),
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
