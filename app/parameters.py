@@ -122,6 +122,14 @@ def template_arguments(value: Any, where: str) -> None:
             raise UnsupportedParameter(f"{name!r} is not accepted here.", param=f"{where}.{name}")
 
 
+def repetition(value: Any, where: str) -> None:
+    """Patterns that the engine looks for behind each token, in the loop that serves everyone."""
+    if type(value) is not dict:
+        raise _wrong(where, "an object")
+    for name, number in value.items():
+        Integer(0, 256)(number, f"{where}.{name}")
+
+
 def foreground(value: Any, where: str) -> None:
     """Work that goes on without its client would hold a worker and no slot."""
     if value is not False:
@@ -165,6 +173,7 @@ _GENERATION: Rules = {
     "logprob_token_ids": Items(Integer(0), 128),
     "allowed_token_ids": Items(Integer(0), 65_536),
     "bad_words": Items(text, 256),
+    "repetition_detection": repetition,
     "ignore_eos": flag,
     "use_beam_search": flag,
     "skip_special_tokens": flag,
@@ -212,7 +221,7 @@ def _check_counts(values: Mapping[str, Any], rules: Rules, limits: Parameters) -
     if rules is COMPLETION:
         _check_prompts("prompt", values.get("prompt"), limits.prompts)
     if rules is OTHER:
-        for name in ("input", "documents", "text_1", "text_2", "data_1", "data_2", "queries"):
+        for name in ("input", "documents", "text_1", "text_2", "data_1", "data_2", "queries", "items"):
             _check_prompts(name, values.get(name), limits.inputs)
     messages = values.get("messages")
     if type(messages) is list and len(messages) > limits.messages:

@@ -58,9 +58,10 @@ _WIDE_RANGE = re.compile(r"\{\d*,?(\d{5,})\}|\{(\d{5,}),?\d*\}")
 def check_requested(values: Mapping[str, Any], limits: Structured) -> None:
     """Refuse what a request asks of the structure of its answer. Raises InvalidValue or UnsupportedParameter."""
     _check_format(values.get("response_format"), "response_format", limits)
-    text = values.get("text")
-    if type(text) is dict:
-        _check_format(text.get("format"), "text.format", limits)
+    for name in ("text", "output_config"):
+        holder = values.get(name)
+        if type(holder) is dict:
+            _check_format(holder.get("format"), f"{name}.format", limits)
     outputs = values.get("structured_outputs")
     if type(outputs) is dict:
         _check_outputs(outputs, limits)
@@ -79,11 +80,10 @@ def _check_format(wanted: Any, where: str, limits: Structured) -> None:
         return
     if wanted.get("type") == "structural_tag" and not limits.grammar:
         raise _not_enabled(f"{where}.type")
-    holder = wanted["json_schema"] if type(wanted.get("json_schema")) is dict else wanted
-    schema = holder.get("schema")
-    if type(schema) is dict:
-        path = f"{where}.schema" if holder is wanted else f"{where}.json_schema.schema"
-        check_schema(schema, path, limits)
+    # Either may hold it, by the route; whichever the worker does not read must not hide the other.
+    for holder, path in ((wanted, where), (wanted.get("json_schema"), f"{where}.json_schema")):
+        if type(holder) is dict and type(holder.get("schema")) is dict:
+            check_schema(holder["schema"], f"{path}.schema", limits)
 
 
 def _check_outputs(outputs: Mapping[str, Any], limits: Structured) -> None:

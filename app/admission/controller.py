@@ -173,6 +173,8 @@ class RedisAdmission(QueuedAdmission):
             await self._ledger.open()
         except LedgerGone as error:
             self._go_local(str(error))
+        if self._ledger.doubt is not None:
+            self._log.warning("redis in doubt", doubt=self._ledger.doubt)
         task = asyncio.create_task(self._run())
         try:
             yield

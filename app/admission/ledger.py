@@ -26,6 +26,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, Respon
 
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules, Standing
 from app.admission.quota import Claim, Metered, Reading, Settlement
+from app.admission.server_versions import doubt_about
 from app.credentials import TlsContexts, tls_failure
 from app.errors import ConfigurationError
 from app.settings import Redis, Tls
@@ -277,6 +278,7 @@ class Ledger:
         self._number = 0
         self._answered = -1
         self.epoch = ""
+        self.doubt: str | None = None
 
     def expect(self, replicas: int) -> None:
         """So many have to tell what they hold before a ledger that lost it grants again."""
@@ -289,7 +291,7 @@ class Ledger:
         await self.close()
         try:
             self._connection = await _connected(self._redis, self._tls)
-            _check_server(await self._ask(b"INFO"), self._redis)
+            self.doubt = _check_server(await self._ask(b"INFO"), self._redis)
             await self._load()
             self._listener = await _connected(self._redis, self._tls)
             async with _bounded():
@@ -457,8 +459,11 @@ def _packed(*words: bytes) -> bytes:
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
 
 
-def _check_server(info: bytes, settings: Redis) -> None:
-    """Raises ConfigurationError for a server that cannot hold the ledger, LedgerGone for one that cannot now."""
+def _check_server(info: bytes, settings: Redis) -> str | None:
+    """What speaks against the server's version, if anything.
+
+    Raises ConfigurationError for a server that cannot hold the ledger, LedgerGone for one that cannot now.
+    """
     facts = dict(line.split(":", 1) for line in info.decode("utf-8", "replace").splitlines() if ":" in line)
     version = facts.get("redis_version", "0.0")
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_REDIS:
@@ -473,3 +478,4 @@ def _check_server(info: bytes, settings: Redis) -> None:
         )
     if facts.get("role") != "master":
         raise LedgerGone("the server is a read-only replica")
+    return doubt_about(facts)

@@ -18,6 +18,7 @@ from app.tenancy.directory import Caller
 CALLER = "sluice.caller"
 NOTES = "sluice.notes"
 AUDITED = "/admin/"
+ENCODED_BELOW = "/v1/models/"  # names of models may hold a slash, which clients encode
 
 
 class Access(StrEnum):
@@ -62,6 +63,8 @@ class Rules:
 class Guard:
     """Lets a request pass to its route, or refuses it, and notes in its scope who sent it.
 
+    A path has one spelling: what a rule of a proxy in front forbids as `/metrics` must not get past it as `/%6detrics`.
+
     With a listener of their own, operators' routes are unknown on the public one, and clients' on theirs. Which
     listener a request came to is read from its socket, never from a header.
     """
@@ -72,6 +75,8 @@ class Guard:
 
     def check(self, scope: Scope, identification: Identification) -> Access:
         """The access of the scope's route. Raises RouteNotFound, PermissionDenied, and what identification raises."""
+        if b"%" in scope["raw_path"] and not scope["path"].startswith(ENCODED_BELOW):
+            raise RouteNotFound(f"Unknown request URL: {scope['method']} {scope['path'][:200]}.")
         access = self._rules.of(scope["path"])
         if access is Access.PROBE:
             return access

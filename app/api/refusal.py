@@ -14,7 +14,6 @@ async def send_error(error: GatewayError, send: Send) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
-        (b"cache-control", b"no-store"),
         *error.headers(),
         *rate_limit_headers(error.allowances),
     ]

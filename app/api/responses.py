@@ -14,7 +14,7 @@ from app.relay.dialect import dialect_of
 Headers = list[tuple[bytes, bytes]]
 
 
-STREAM_HEADERS: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+STREAM_HEADERS: Headers = [(b"x-accel-buffering", b"no")]
 
 
 async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None:

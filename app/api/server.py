@@ -197,7 +197,7 @@ def serve(settings: Settings) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        headers=[("x-content-type-options", "nosniff")],
+        headers=[("x-content-type-options", "nosniff"), ("cache-control", "no-store")],
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_worker_healthcheck=START_TIMEOUT_S,
     )

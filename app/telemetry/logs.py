@@ -70,4 +70,21 @@ def _shared() -> list[structlog.typing.Processor]:
 def _renderer(settings: Logs) -> structlog.typing.Processor:
     if settings.format == "json":
         return structlog.processors.JSONRenderer()
-    return structlog.dev.ConsoleRenderer(colors=False)
+    return _text_renderer()
+
+
+def _text_renderer() -> structlog.typing.Processor:
+    """A readable line. What servers and clients wrote stays inside it: no line, colour or cursor of theirs."""
+    console = structlog.dev.ConsoleRenderer(colors=False)
+
+    def render(logger: Any, name: str, event: structlog.typing.EventDict) -> str:
+        return str(console(logger, name, {key: _visible(value, key) for key, value in event.items()}))
+
+    return render
+
+
+def _visible(value: Any, key: str) -> Any:
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    kept = "\n" if key == "exception" else ""
+    return "".join(char if char.isprintable() or char in kept else repr(char)[1:-1] for char in value)

@@ -18,6 +18,7 @@ from app.settings import Health
 from app.workers import worker as transitions
 from app.workers.capacity import is_ramping, strangers_in
 from app.workers.registry import Registry
+from app.workers.versions import doubt_about
 from app.workers.vllm_metrics import parse_engine_load
 from app.workers.worker import State, Worker
 
@@ -167,6 +168,7 @@ class Monitor:
             raise NotProven(f"serves {names or 'nothing'}, not {served}"[:REASON_CHARS])
         length = mine.get("max_model_len")
         worker.context_length = length if isinstance(length, int) else None
+        self._registry.doubt(worker, doubt_about(await _version(client)))
         await self._canary(client, worker, self._settings.canary_timeout_s)
         self._change(worker, transitions.proven(worker.condition, self._clock()))
 
@@ -240,6 +242,15 @@ async def _bounded_text(response: httpx.Response, limit_bytes: int) -> str:
         if len(body) > limit_bytes:
             return ""
     return body.decode("utf-8", "replace")
+
+
+async def _version(client: httpx.AsyncClient) -> object:
+    """What the worker says it is; anything or nothing, since no work depends on it."""
+    response = await client.get("/version")
+    try:
+        return _object(response).get("version")
+    except (NotProven, httpx.HTTPStatusError):
+        return None
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:

@@ -62,6 +62,12 @@ class Registry:
         for listener in self._listeners:
             listener(worker)
 
+    def doubt(self, worker: Worker, doubt: str | None) -> None:
+        """Tell the operator what there is to know about a worker; once, for as long as it stays so."""
+        if doubt is not None and doubt != worker.doubt:
+            self._log.warning("worker in doubt", worker=worker.id, variant=worker.variant.public_name, doubt=doubt)
+        worker.doubt = doubt
+
     def took(self, worker: Worker, latency_s: float) -> None:
         """An attempt on `worker` got its first byte after this time."""
         self._learn(worker, smoothed(worker.latency_s, latency_s))

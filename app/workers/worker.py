@@ -194,8 +194,8 @@ class Worker:
 
     `in_flight` counts the attempts that this process has open on it. `strangers` are the requests that its engine
     works on and that nobody here holds a slot for. `limit` is what was found to be worth while of the slots of a worker
-    that adapts. `latency_s` is the moving average from dispatch to first byte, 0
-    while it is unknown.
+    that adapts. `latency_s` is the moving average from dispatch to first byte, 0 while it is unknown. `doubt` is what
+    speaks against its version.
     """
 
     address: WorkerAddress
@@ -203,6 +203,7 @@ class Worker:
     condition: Condition = field(default_factory=Condition)
     load: EngineLoad | None = None
     context_length: int | None = None
+    doubt: str | None = None
     limit: int | None = None
     in_flight: int = 0
     strangers: int = 0

@@ -16,7 +16,6 @@ from tests.fakes.server import Exchange
 from tests.fakes.state import BLOCK_SIZE, BLOCKS, State
 from tests.fakes.vocabulary import chat_pieces, pieces
 
-VERSION = "0.32.0"
 HUGE_PAGE = 100 * 1024 * 1024
 Route = tuple[tuple[str, ...], Callable[[Exchange], Awaitable[None]]]
 
@@ -45,7 +44,7 @@ class Control:
         await exchange.answer(status, b"", headers=self._state.headers(exchange))
 
     async def _version(self, exchange: Exchange) -> None:
-        await self._answer(exchange, {"version": VERSION})
+        await self._answer(exchange, {"version": self._state.options.version})
 
     async def _load(self, exchange: Exchange) -> None:
         tracked = self._state.options.server_load_tracking

@@ -17,6 +17,7 @@ from tests.fakes.vocabulary import Vocabulary
 
 BLOCK_SIZE = 32
 BLOCKS = 182
+VERSION = "0.32.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Options:
     prompt_tokens_details: bool = False
     request_id_headers: bool = False
     server_load_tracking: bool = False
+    version: str = VERSION
 
 
 class State:

@@ -33,7 +33,7 @@ from tests.fakes.inference import Inference
 from tests.fakes.observation import Counts, Observer, Received
 from tests.fakes.refusals import Refusal, detail
 from tests.fakes.server import Exchange, Server
-from tests.fakes.state import Options, State
+from tests.fakes.state import VERSION, Options, State
 
 DRAIN_S = 3600.0
 
@@ -63,6 +63,7 @@ class FakeWorker:
         server_load_tracking: bool = False,
         kill: Callable[[], None] | None = None,
         tls: ssl.SSLContext | None = None,
+        version: str = VERSION,
     ) -> None:
         self.host = host
         self.port = port
@@ -76,6 +77,7 @@ class FakeWorker:
             prompt_tokens_details=prompt_tokens_details,
             request_id_headers=request_id_headers,
             server_load_tracking=server_load_tracking,
+            version=version,
         )
         self._observer = Observer(self._gauges)
         self._state = State(model, options, timing or Timing(), parse_faults(fault), self._observer)

@@ -72,6 +72,9 @@ def _engine() -> Iterator[Case]:
         yield bad("B55", {name: {"x": 1}}, name, code=REFUSED)
     yield bad("B55", {"bad_words": ["x"] * 1_000}, "bad_words", what="1,000 bad_words")
     yield bad("B55", {"logprob_token_ids": [1] * 129}, "logprob_token_ids", what="129 logprob_token_ids")
+    searched = {"repetition_detection": {"max_pattern_size": 10_000, "min_count": 2}}
+    yield bad("B55", searched, "repetition_detection.max_pattern_size")
+    yield bad("B47", {"queries": "x", "items": ["x"] * 2049}, "items", SCORE, what="2,049 items")
     yield bad("B55", {"background": True}, "background", RESPONSES, REFUSED)
     yield bad("B55", {"previous_response_id": "resp_x"}, "previous_response_id", RESPONSES, REFUSED)
     for name in ("cache_salt", "priority", "request_id", "session_id"):
@@ -103,6 +106,9 @@ def _schemas() -> Iterator[Case]:
     yield bad("B53", {"tools": [tool]}, "tools[0].function.parameters", what="tool with a cycle")
     wanted = {"format": {"type": "json_schema", "name": "x", "schema": cycle}}
     yield bad("B53", {"text": wanted}, "text.format.schema", RESPONSES, what="schema with a cycle")
+    yield bad("B53", {"output_config": wanted}, "output_config.format.schema", MESSAGES, what="schema with a cycle")
+    hidden = {"format": {"type": "json_schema", "schema": cycle, "json_schema": {"schema": {}}}}
+    yield bad("B53", {"text": hidden}, "text.format.schema", RESPONSES, what="schema beside another")
 
 
 def _image(url: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Strictness that nobody honest feels: the official client, LangChain, and vLLM's own extra parameters."""
+"""Strictness that nobody honest feels: the official clients, LangChain, and vLLM's own extra parameters."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
+from anthropic import AsyncAnthropic
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_openai import ChatOpenAI
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, pydantic_function_tool
 from pydantic import BaseModel, Field
 
 from app.inference import narrowed_salt
@@ -145,3 +146,26 @@ async def test_an_image_that_comes_with_the_request_reaches_the_worker(fortress:
     answer = await fortress.gateway.http.post(CHAT, json=body)
     assert "is not a multimodal model" in answer.json()["error"]["message"]
     assert fortress.worker.requests[-1].body["messages"] == body["messages"]
+
+
+async def test_anthropics_client(fortress: Fortress) -> None:
+    """On `/v1/messages`: a text, and a stream of events."""
+    asked: Any = {"role": "user", "content": "hi"}
+    async with AsyncAnthropic(base_url=fortress.gateway.url, api_key="none", max_retries=0) as client:
+        whole = await client.messages.create(model="m", max_tokens=5, messages=[asked], system="be brief")
+        assert whole.usage.output_tokens > 0
+        async with client.messages.stream(model="m", max_tokens=5, messages=[asked]) as stream:
+            assert [event async for event in stream][-1].type == "message_stop"
+
+
+async def test_a_schema_asked_for_as_agents_ask(fortress: Fortress) -> None:
+    """Strict tools and parsed answers, as libraries for structured output make them of a pydantic model."""
+    messages: Any = [{"role": "user", "content": "weather in Rome"}]
+    async with AsyncOpenAI(base_url=f"{fortress.gateway.url}/v1", api_key="none", max_retries=0) as client:
+        tool = pydantic_function_tool(Weather)
+        chosen: Any = {"type": "function", "function": {"name": "Weather"}}
+        answer = await client.chat.completions.create(model="m", messages=messages, tools=[tool], tool_choice=chosen)
+        assert answer.choices[0].message.tool_calls
+    sent = fortress.worker.requests[-1].body["tools"][0]["function"]
+    assert sent["strict"] is True
+    assert sent["parameters"]["additionalProperties"] is False

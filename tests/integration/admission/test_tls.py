@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from pathlib import Path
 
 import pytest
+import redis
 
 from app import settings
 from app.admission.ledger import Ledger, LedgerGone, Scripts, SharedRules
@@ -14,7 +16,7 @@ from app.admission.roster import rules_of
 from tests.certificates import Authority
 from tests.fakes.fault_proxy import FaultProxy
 from tests.integration.admission.fleet import replica, ticket
-from tests.processes import Valkey
+from tests.processes import ROOT, Valkey
 
 HERE = "127.0.0.1"
 RULES = SharedRules(rules_of(settings.Admission()), lease_us=1_500_000, settle_us=0, replicas=1)
@@ -82,3 +84,29 @@ def test_the_oldest_protocol_is_tls_1_2(tmp_path: Path) -> None:
     assert ledger._tls is not None
     assert ledger._tls.minimum_version == ssl.TLSVersion.TLSv1_2
     assert ledger._tls.verify_mode == ssl.CERT_REQUIRED
+
+
+async def test_the_user_that_is_advised_can_do_what_is_needed_and_no_more(own_valkey: Valkey) -> None:
+    """S20: the rights in SECURITY.md, on a real server."""
+    (line,) = re.findall(r"(?m)^ACL SETUSER .*$", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    with redis.Redis.from_url(own_valkey.url) as operator:
+        operator.execute_command(*line.replace("PASSWORD", "p").split())
+        operator.set("mine", "1")
+    url = own_valkey.url.replace("redis://", "redis://sluice:p@")
+    async with replica(url) as one, replica(url) as two:
+        with await one.admit(ticket()):
+            waiting = asyncio.create_task(two.admit(ticket()))
+        (await waiting).release(None)
+        assert not one.is_degraded
+        assert not two.is_degraded
+    with redis.Redis.from_url(url) as user:
+        for command in (
+            "GET mine",
+            "FLUSHALL",
+            "CONFIG GET *",
+            "KEYS *",
+            "SCRIPT FLUSH",
+            "SET other 1",
+        ):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                user.execute_command(*command.split())

@@ -53,6 +53,10 @@ class Wire:
         """Everything up to and with `mark`."""
         return await asyncio.wait_for(self._reader.readuntil(mark), READ_TIMEOUT_S)
 
+    async def exactly(self, count: int) -> bytes:
+        """So many bytes. Raises asyncio.IncompleteReadError."""
+        return await asyncio.wait_for(self._reader.readexactly(count), READ_TIMEOUT_S)
+
     async def rest(self, timeout_s: float = READ_TIMEOUT_S) -> bytes:
         """Everything up to the peer's close. Raises ConnectionResetError when that was a reset."""
         return await asyncio.wait_for(self._reader.read(-1), timeout_s)
