@@ -287,9 +287,8 @@ async def test_what_was_given_without_the_ledger_is_told_to_it_once(valkey: Valk
 async def test_an_unheard_settlement_is_told_when_the_ledger_is_back(valkey: Valkey, proxy: FaultProxy) -> None:
     async with replica(proxy.url, SLOTS, lease_s=15) as one:
         lease = await one.admit(asked(Limits(tokens_per_min=1000), max_tokens=500))
-        proxy.fall_silent()
         lease.release(TokenUsage(5, 5))
+        proxy.reset()  # before it can be sent
         await until(lambda: one.is_degraded)
-        proxy.heal()
         await until(lambda: not one.is_degraded and is_told(valkey.url, one))
         assert (spent(valkey.url, "tokens_per_min"), Dump(valkey.url).reserved) == (10, set())
