@@ -62,7 +62,7 @@ async def test_a_broken_answer_raises(client: AsyncOpenAI, served: Served) -> No
         await client.chat.completions.create(
             model=served.model, messages=COUNTING, extra_body={"x_fault": "die_before_byte"}
         )
-    assert (caught.value.status_code, caught.value.code) == (502, "worker_lost")
+    assert (caught.value.status_code, caught.value.code) == (503, "no_healthy_worker")
 
 
 async def test_a_full_worker_is_tried_again_after_the_time_that_the_gateway_names(
