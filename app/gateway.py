@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +13,7 @@ from app.relay.answer import Answer
 from app.relay.relay import Relay
 from app.routing.prefix_index import Blocks
 from app.routing.router import Router
-from app.telemetry.account import Accounts
+from app.telemetry.account import Account, Accounts
 from app.workers.registry import Registry
 
 
@@ -41,18 +41,20 @@ class Gateway:
 
         May be cancelled at any await: every release is synchronous, so that none can be interrupted.
         """
-        with ExitStack() as held:
-            account = held.enter_context(self._accounts.open(request))
+        account = self._accounts.open(request)
+        lease: Lease | None = None
+        try:
             variants = self._catalogue.resolve(request.model)
             request.resolved_model = variants[0].model
             ranking = self._router.rank(self._registry.pool(variants), request)
             candidates = self._relay.screen(request, ranking.worker_ids)
             lease = await self._admission.admit(Ticket.of(request, candidates))
-            held.callback(lambda: lease.release(account.usage))
             self._note(lease, ranking.blocks)
-            answer = held.enter_context(await self._relay.open(request, lease, candidates, account))
-            held.callback(self._note, lease, ranking.blocks)
-            return Reply(answer, lease, self._registry[lease.worker_id].variant, held.pop_all())
+            answer = await self._relay.open(request, lease, candidates, account)
+        except BaseException as error:
+            _release(lease, account, error)
+            raise
+        return Reply(answer, lease, self._registry[lease.worker_id].variant, account, self._note, ranking.blocks)
 
     def _note(self, lease: Lease, blocks: Blocks) -> None:
         """Let the router know what is in the cache of the lease's worker; a lease lost on the way has no worker."""
@@ -66,13 +68,23 @@ class Reply:
     In order: the connection to the worker, the slot (which goes to the next ticket), the account.
     """
 
-    __slots__ = ("_held", "answer", "lease", "variant")
+    __slots__ = ("_account", "_blocks", "_note", "answer", "lease", "variant")
 
-    def __init__(self, answer: Answer, lease: Lease, variant: Variant, held: ExitStack) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        lease: Lease,
+        variant: Variant,
+        account: Account,
+        note: Callable[[Lease, Blocks], None],
+        blocks: Blocks,
+    ) -> None:
         self.answer = answer
         self.lease = lease
         self.variant = variant
-        self._held = held
+        self._account = account
+        self._note = note
+        self._blocks = blocks
 
     def __enter__(self) -> Self:
         return self
@@ -80,4 +92,17 @@ class Reply:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._held.__exit__(kind, error, trace)
+        try:
+            self.answer.close()
+            self._note(self.lease, self._blocks)
+        finally:
+            _release(self.lease, self._account, error)
+
+
+def _release(lease: Lease | None, account: Account, error: BaseException | None) -> None:
+    """Give the slot back and close the account of a request that ended in `error`. Never waits."""
+    try:
+        if lease is not None:
+            lease.release(account.usage)
+    finally:
+        account.close(error)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from app.errors import GatewayError, WorkerLost
 from app.inference import InferenceRequest
@@ -32,8 +30,22 @@ class Sink(Protocol):
         """Have `listener` told when the client does not keep up (True), and when it does again (False)."""
 
 
+class Held(Protocol):
+    """What an answer holds until it is left."""
+
+    def close(self) -> None:
+        """Give it back. Never waits; once."""
+
+
+class Begun(Held, Protocol):
+    """An attempt whose answer, a stream, has begun."""
+
+    @property
+    def open_connection(self) -> Connection: ...
+
+
 class Answer:
-    """A worker's answer, from its first byte on. `next` yields it; leaving it gives the connection back.
+    """A worker's answer, from its first byte on. `next` yields it; closing it gives the connection back.
 
     `is_whole` tells, at the end, whether the client has got everything that the worker meant to send. `resume` says
     whether it would go on elsewhere if it broke, where that is wanted; else it is empty.
@@ -41,7 +53,7 @@ class Answer:
 
     __slots__ = ("_held", "content_type", "is_streamed", "is_whole", "resume")
 
-    def __init__(self, held: ExitStack, content_type: bytes, *, is_streamed: bool) -> None:
+    def __init__(self, held: Held | None, content_type: bytes, *, is_streamed: bool) -> None:
         self._held = held
         self.content_type = content_type
         self.is_streamed = is_streamed
@@ -57,13 +69,11 @@ class Answer:
         while part := await self.next():
             sink.write(part)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._held.__exit__(kind, error, trace)
+    def close(self) -> None:
+        """Give back what it holds. Closing twice is closing once."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
 
 
 class WholeAnswer(Answer):
@@ -72,7 +82,7 @@ class WholeAnswer(Answer):
     __slots__ = ("_body",)
 
     def __init__(self, body: bytes) -> None:
-        super().__init__(ExitStack(), JSON_TYPE, is_streamed=False)
+        super().__init__(None, JSON_TYPE, is_streamed=False)
         self._body = body
 
     async def next(self) -> bytes:
@@ -83,10 +93,9 @@ class WholeAnswer(Answer):
 
 @dataclass(frozen=True, slots=True)
 class BegunStream:
-    """A worker's stream from its first byte on: what was read of it already, and what gives its connection back."""
+    """A worker's stream from its first byte on: whose it is, and what was read of it already."""
 
-    held: ExitStack
-    connection: Connection
+    held: Begun
     begun: bytes
 
 
@@ -113,7 +122,7 @@ class StreamedAnswer(Answer):
     def __init__(
         self, stream: BegunStream, request: InferenceRequest, account: Account, clock: Callable[[], float]
     ) -> None:
-        super().__init__(stream.held, stream.connection.headers[b"content-type"], is_streamed=True)
+        super().__init__(stream.held, stream.held.open_connection.headers[b"content-type"], is_streamed=True)
         self._dialect = dialect_of(request.route)
         self._hides_usage = request.hides_usage
         self._account = account
@@ -124,7 +133,7 @@ class StreamedAnswer(Answer):
         """Take the events from `stream` from now on."""
         self.stream = stream
         self._held = stream.held
-        self._connection = stream.connection
+        self._connection = stream.held.open_connection
         self._begun = stream.begun
         self._splitter = EventSplitter()
         self._ended = False

@@ -154,7 +154,7 @@ class ResumableAnswer(StreamedAnswer):
         if request is None:
             return self._end(error, Resume.NOT_POSSIBLE)
         self._resumes_left -= 1
-        self._held.close()
+        self.close()
         try:
             await self._carriers.move()
             answer = await self._carriers.open(request)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 
 import httptools
 
@@ -256,22 +254,6 @@ class Connection(asyncio.Protocol):
             self._keeps_alive = self._parser.should_keep_alive()  # known only inside this callback
 
 
-@dataclass(slots=True)
-class Exchange:
-    """One request to one worker and its response; gives the connection back when it is left."""
-
-    connection: Connection
-    upstream: Upstream
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.upstream.end(self.connection)
-
-
 class Upstream:
     """The connections to one worker: opened on demand, kept while idle, closed before the worker would close them."""
 
@@ -285,8 +267,8 @@ class Upstream:
         self._is_closed = False
         self._host = address.id.encode()
 
-    async def send(self, path: str, headers: tuple[Header, ...], body: bytes) -> Exchange:
-        """Send a POST of JSON. Raises ConnectFailed."""
+    async def send(self, path: str, headers: tuple[Header, ...], body: bytes) -> Connection:
+        """Send a POST of JSON; the connection is to be given back by `end`. Raises ConnectFailed."""
         connection = self._take_idle() or await self._connect()
         lines = b"".join([b"%s: %s\r\n" % header for header in headers])
         head = b"POST %s HTTP/1.1\r\nhost: %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%s\r\n" % (
@@ -297,7 +279,7 @@ class Upstream:
         )
         connection.start(head, body)
         self._carrying.add(connection)
-        return Exchange(connection, self)
+        return connection
 
     def end(self, connection: Connection) -> None:
         """An exchange is over, well or not."""

@@ -55,9 +55,9 @@ class Timeline:
 
 
 class Account:
-    """Counts a request in flight while it is entered; observes everything about it, once, when it is left.
+    """Counts a request in flight until it is closed; observes everything about it, once, then.
 
-    The outcome is decided by how it is left: by the exception that passes through, or by `fail` for an answer that
+    The outcome is decided by what it is closed with, the exception that passed through, or by `fail` for an answer that
     broke after its first byte, where no exception can reach the client any more.
     """
 
@@ -73,9 +73,9 @@ class Account:
         self._broken: GatewayError | None = None
         self.timeline = Timeline(request.arrived)
         self.usage: TokenUsage | None = None
+        metrics.in_flight.inc()
 
     def __enter__(self) -> Self:
-        self._metrics.in_flight.inc()
         return self
 
     def admitted(self, variant: str, waited_s: float) -> None:
@@ -110,6 +110,10 @@ class Account:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None) -> None:
+        """The request has ended, in `error` if it was not well. To be called once; never waits."""
         ended = self._clock()
         cause = error or self._broken
         outcome, code = outcome_of(cause), code_of(cause)
