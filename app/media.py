@@ -17,6 +17,7 @@ from app.settings import Media
 URL_FIELDS = {"image_url": "image", "audio_url": "audio", "video_url": "video", "file_url": "file"}
 TENSOR_FIELDS = frozenset({"image_embeds", "audio_embeds", "video_embeds", "prompt_embeds", "image_pil"})
 HEADER_BASE64_CHARS = 64
+_MEDIA_FIELDS = TENSOR_FIELDS | URL_FIELDS.keys() | {"source", "input_audio"}
 
 
 def check_media(value: list[Any], where: str, limits: Media) -> None:
@@ -24,6 +25,8 @@ def check_media(value: list[Any], where: str, limits: Media) -> None:
 
     Raises InvalidValue or UnsupportedParameter, `param` the path of the offending part.
     """
+    if not _has_media(value):
+        return
     count = 0
     stack: list[tuple[Any, str]] = [
         (item, f"{where}[{at}]") for at, item in enumerate(value) if type(item) is dict or type(item) is list
@@ -37,6 +40,22 @@ def check_media(value: list[Any], where: str, limits: Media) -> None:
         if count > limits.items:
             raise InvalidValue(f"There are more than {limits.items} images, sounds and videos.", param=where)
         stack += [(item, f"{path}.{name}") for name, item in node.items() if type(item) in (dict, list)]
+
+
+def _has_media(value: list[Any]) -> bool:
+    """Whether any object in `value` has a key that could mean media; most requests have none, and need no paths."""
+    level: list[Any] = value
+    while not {dict, list}.isdisjoint(map(type, level)):
+        found: list[Any] = []
+        for node in level:
+            if type(node) is dict:
+                if not _MEDIA_FIELDS.isdisjoint(node):
+                    return True
+                found += node.values()
+            elif type(node) is list:
+                found += node
+        level = found
+    return False
 
 
 def _check_part(node: dict[str, Any], path: str, limits: Media) -> int:

@@ -8,9 +8,10 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
+
+from msgspec import structs
 
 from app import settings
 from app.admission.cost import Costs
@@ -298,7 +299,7 @@ class QueuedAdmission:
     async def move(self, lease: QueuedLease, candidates: tuple[str, ...]) -> None:
         """The slot goes first, in a step of its own: an arrival may be refused for want of memory, a release never."""
         self._drop(lease, 0.0)
-        lease.ticket = replace(lease.ticket, candidates=candidates)
+        lease.ticket = structs.replace(lease.ticket, candidates=candidates)
         lease.is_moved = True
         await self._stand(lease)
 

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
+from app.api.response import response_of
 from app.api.responses import end_stream, send_reply
 from app.errors import Draining, InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
@@ -82,13 +83,13 @@ class InferenceRoutes:
             took_s = time.monotonic() - arrived
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
             raise
-        client = connection_of(scope)
+        client, response = connection_of(scope), response_of(scope)
         try:
             with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s, runtime.drain):
                 with await runtime.gateway.serve(request) as reply:
-                    await send_reply(reply, send, client)
+                    await send_reply(reply, response, client)
         except Draining as error:
-            end_stream(error, request.route, scope, client)
+            end_stream(error, request.route, response, client)
             raise
 
     def _request(self, scope: Scope, body: bytes, arrived: float, runtime: Runtime) -> InferenceRequest:

@@ -9,8 +9,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.client import ClientGone
 from app.api.inference import InferenceRoutes
-from app.api.protocol import forget, response_of
+from app.api.protocol import forget
 from app.api.refusal import send_error
+from app.api.response import response_of
 from app.errors import GatewayError, InternalError, MethodNotAllowed, RouteNotFound
 from app.telemetry.logs import Log
 

@@ -48,7 +48,8 @@ class Answer:
     """A worker's answer, from its first byte on. `next` yields it; closing it gives the connection back.
 
     `is_whole` tells, at the end, whether the client has got everything that the worker meant to send. `resume` says
-    whether it would go on elsewhere if it broke, where that is wanted; else it is empty.
+    whether it would go on elsewhere if it broke, where that is wanted, and what came of it once it broke; else it is
+    empty.
     """
 
     __slots__ = ("_held", "content_type", "is_streamed", "is_whole", "resume")
@@ -153,26 +154,29 @@ class StreamedAnswer(Answer):
         of every stream costs as much again as relaying it.
         """
         done = asyncio.get_running_loop().create_future()
+        connection, write = self._connection, sink.write
 
         def arrived() -> None:
             try:
                 while not self._ended and (part := self._digest()) is not None:
                     if part:
-                        sink.write(part)
+                        write(part)
+                    if not connection.is_over:  # all that has come was taken
+                        return
             except Exception as error:  # noqa: BLE001 - a callback: the error belongs to who awaits `done`
                 if not done.done():
                     done.set_exception(error)
             if self._ended and not done.done():
                 done.set_result(None)
 
-        self._connection.listen(arrived)
-        sink.on_pause(self._connection.hold)
+        connection.listen(arrived)
+        sink.on_pause(connection.hold)
         try:
             arrived()
             await done
         finally:
             sink.on_pause(None)
-            self._connection.listen(None)
+            connection.listen(None)
         await self._await_end()
 
     def _digest(self) -> bytes | None:

@@ -184,4 +184,5 @@ class ResumableAnswer(StreamedAnswer):
         return super()._break(error)
 
     def _count(self, outcome: Resume) -> None:
+        self.resume = outcome
         self._metrics.resumes.labels(outcome).inc()

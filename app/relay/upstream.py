@@ -74,13 +74,19 @@ class Connection(asyncio.Protocol):
         """What broke the latest exchange; None for one that ended well, or that the relay itself gave up."""
         return self._error
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no more bytes can come: the exchange is complete, or broke."""
+        return self.is_complete or self._error is not None
+
     def start(self, head: bytes, body: bytes) -> None:
         """Send a request. The connection must be idle."""
         self._reset()
         self._busy = True
         self._started = self._since = self._loop.time()
         self._transport.writelines((head, body))
-        self._timer = self._loop.call_later(self._longest_sleep_s, self._check_time)
+        if self._timer is None:  # one that the last exchange left behind comes no later than this one is due
+            self._timer = self._loop.call_later(self._longest_sleep_s, self._check_time)
 
     async def read_head(self) -> None:
         """Wait until `status` and `headers` are known. Raises GatewayError."""
@@ -137,9 +143,6 @@ class Connection(asyncio.Protocol):
         """End the exchange. True when the connection may carry another one; otherwise it is closed at once."""
         self._busy = False
         self._listener = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         reusable = self.is_open and self.is_complete and self._error is None and self._keeps_alive
         if not reusable:
             self.abort()
@@ -147,7 +150,13 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self.is_open = False
+        self._disarm()
         self._transport.abort()
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def give_up(self, gap_timeout_s: float) -> None:
         """The worker stalls: end an exchange that it has not begun to answer, be less patient with any other."""
@@ -156,8 +165,7 @@ class Connection(asyncio.Protocol):
             return
         self._gap_timeout_s = min(self._gap_timeout_s, gap_timeout_s)
         self._since = self._loop.time()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._disarm()
         self._timer = self._loop.call_later(min(self._gap_timeout_s, self._longest_sleep_s), self._check_time)
 
     def _wake(self) -> None:
@@ -177,19 +185,23 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def _check_time(self) -> None:
-        """Enforce the limits. One timer an exchange, moved when it fires: cheaper than one for each chunk.
+        """Enforce the limits. One timer a connection, moved when it fires: cheaper than one for each chunk or exchange.
 
         Time counts only while the relay waits for the worker; a client that reads slowly is not the worker's fault.
         Headers are no byte of the answer: vLLM sends those of a stream before the request has a place in its engine.
         """
+        self._timer = None
+        if not self._busy:
+            return
         now = self._loop.time()
         limit = self._gap_timeout_s if self.has_body_begun else self._limits.first_byte_timeout_s
         since = self._since if self.has_body_begun else self._started
         waited = now - since if self._is_awaited else 0.0
-        if now - self._started >= self._limits.total_timeout_s:
+        left_s = self._limits.total_timeout_s - (now - self._started)
+        if left_s <= 0:
             self._break(UpstreamStalled("The answer took longer than a whole answer may."))
         elif waited < limit:
-            self._timer = self._loop.call_later(min(limit - waited, self._longest_sleep_s), self._check_time)
+            self._timer = self._loop.call_later(min(limit - waited, left_s, self._longest_sleep_s), self._check_time)
         elif self.has_body_begun:
             self._break(UpstreamStalled("The worker stopped in the middle of its answer."))
         else:
@@ -218,11 +230,15 @@ class Connection(asyncio.Protocol):
         if self._buffered > BUFFER_MAX_BYTES and not self._paused:
             self._paused = True
             self._transport.pause_reading()
-        if self._answered:
+        listener = self._listener
+        if listener is not None:
+            listener()
+        elif self._answered:
             self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_open = False
+        self._disarm()
         if self._busy:
             self._break(WorkerLost("The worker closed the connection before its answer was complete."))
 
