@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -125,7 +126,7 @@ class Roster:
 
     def enter(self, lease: QueuedLease, patience_s: float) -> asyncio.Future[None]:
         """A new wait begins, under a new id; done when it is granted."""
-        lease.id = f"{self.name}.{secrets.token_hex(16)}"
+        lease.id = f"{self.name}.{os.urandom(16).hex()}"
         lease.since = self._clock()
         lease.deadline = min(lease.ticket.deadline, lease.since + patience_s)
         granted = lease.granted = asyncio.get_running_loop().create_future()
@@ -136,7 +137,7 @@ class Roster:
     def rename(self, lease: QueuedLease) -> None:
         """A waiting lease goes on under another id, where the old one may or may not have been granted."""
         del self.waiting[lease.id]
-        lease.id = f"{self.name}.{secrets.token_hex(16)}"
+        lease.id = f"{self.name}.{os.urandom(16).hex()}"
         self.waiting[lease.id] = lease
 
     def route(self, candidates: tuple[str, ...]) -> str:

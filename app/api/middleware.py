@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -33,7 +33,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = (self._keeps_given and _client_request_id(scope)) or secrets.token_hex(16).encode()
+        request_id = (self._keeps_given and _client_request_id(scope)) or os.urandom(16).hex().encode()
         scope["request_id"] = request_id.decode()
         response_of(scope).add_header(b"x-request-id", request_id)
         try:

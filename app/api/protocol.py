@@ -12,7 +12,7 @@ timer and a handful of comparisons.
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, cast
@@ -331,7 +331,7 @@ class ClientConnection(HttpToolsProtocol):
 
     def _answer(self, error: GatewayError, *, in_turn: bool) -> None:
         self.scope.setdefault("method", "GET")
-        request_id = secrets.token_hex(16).encode()
+        request_id = os.urandom(16).hex().encode()
         self.cycle = cycle = RequestResponseCycle(
             scope=self.scope,
             transport=self.transport,

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from app.errors import GatewayError, WorkerLost
 from app.inference import InferenceRequest
-from app.relay.dialect import dialect_of
+from app.relay.dialect import TOKEN, dialect_of
 from app.relay.sse import EventSplitter, data_of
 from app.relay.upstream import Connection
 from app.telemetry.account import Account
@@ -188,9 +188,17 @@ class StreamedAnswer(Answer):
                 return None
             if not data:
                 raise WorkerLost("The worker ended its answer before it was complete.")
-            return self._take(self._splitter.feed(data))
+            return self._pass(data)
         except GatewayError as error:
             return self._break(error)
+
+    def _pass(self, data: bytes) -> bytes:
+        """What of `data` goes to the client."""
+        only = self._splitter.only_data(data)
+        if only is not None and self._dialect.read(only) is TOKEN:  # nearly always, so it has a short way
+            self._account.token(self._clock())
+            return data
+        return self._take(self._splitter.feed(data))
 
     def _take(self, events: list[bytes]) -> bytes:
         """What of `events` goes to the client; notes tokens, usage and the end."""

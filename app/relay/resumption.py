@@ -124,6 +124,9 @@ class ResumableAnswer(StreamedAnswer):
                 sink.write(part)
                 return
 
+    def _pass(self, data: bytes) -> bytes:
+        return self._take(self._splitter.feed(data))
+
     def _take(self, events: list[bytes]) -> bytes:
         """As for every stream, of the events in the client's own shape; those before an error still arrive."""
         translated = []

@@ -59,6 +59,7 @@ class Connection(asyncio.Protocol):
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.is_complete = False
+        self.is_over = False  # no more bytes can come: the exchange is complete, or broke
         self.has_body_begun = False
         self._keeps_alive = False
 
@@ -73,11 +74,6 @@ class Connection(asyncio.Protocol):
     def failure(self) -> GatewayError | None:
         """What broke the latest exchange; None for one that ended well, or that the relay itself gave up."""
         return self._error
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no more bytes can come: the exchange is complete, or broke."""
-        return self.is_complete or self._error is not None
 
     def start(self, head: bytes, body: bytes) -> None:
         """Send a request. The connection must be idle."""
@@ -181,6 +177,7 @@ class Connection(asyncio.Protocol):
     def _break(self, error: GatewayError) -> None:
         if self._error is None and not self.is_complete:
             self._error = error
+            self.is_over = True
         self.abort()
         self._wake()
 
@@ -247,6 +244,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self.is_complete:
             self._error = UpstreamBadResponse("The worker sent more than one answer.")
+            self.is_over = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.lower()] = value
@@ -266,7 +264,7 @@ class Connection(asyncio.Protocol):
             self.headers.clear()
             self._answered = False
         else:
-            self.is_complete = True
+            self.is_complete = self.is_over = True
             self._keeps_alive = self._parser.should_keep_alive()  # known only inside this callback
 
 

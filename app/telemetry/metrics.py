@@ -8,8 +8,10 @@ their number stays bounded. With several gateway processes each writes to memory
 
 from __future__ import annotations
 
+import collections
 import os
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +95,18 @@ class QuickHistogram(Histogram):
         self._sum.inc(amount)
         self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
 
+    def observe_all(self, amounts: Sequence[float]) -> None:
+        """Each of `amounts`."""
+        for bucket, count in collections.Counter(bisect_left(self._upper_bounds, amount) for amount in amounts).items():
+            self._buckets[bucket].inc(count)
+        self._sum.inc(sum(amounts))
+
 
 class Metrics:
     """The series of one process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> QuickHistogram:
             return QuickHistogram(name, text, _LABELS, buckets=buckets, registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -221,7 +229,7 @@ class Series:
     queue_wait: Histogram
     upstream_first_byte: Histogram
     overhead: Histogram
-    itl: Histogram
+    itl: QuickHistogram
     tpot: Histogram
     prompt_tokens: Counter
     generation_tokens: Counter
