@@ -6,14 +6,17 @@ one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ssl
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app import settings
+from app.credentials import TlsContexts, read_secret
 from app.errors import ConfigurationError, ModelNotFound
+from app.tenant import ANONYMOUS, Tenant
 
 MANIFEST_FILE = "sluice.json"
 SHOWN_NAME_CHARS = 200
@@ -54,13 +57,24 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
-    """Where a worker of a variant listens, what it calls the model, and how many slots it has."""
+    """Where a worker of a variant listens, what it calls the model, and how many slots it has, at most if it adapts.
+
+    `tls` is None for plain HTTP. `api_key` is the worker's own and goes nowhere else; empty for none.
+    """
 
     id: str
     host: str
     port: int
     served_model: str
     slots: int
+    adapts: bool = False
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    server_name: str | None = None
+    api_key: str = field(default="", repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"{'http' if self.tls is None else 'https'}://{self.id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,47 +114,60 @@ class Catalogue:
 
     @classmethod
     def of(cls, configured: tuple[settings.Model, ...]) -> Catalogue:
-        """The catalogue of a configuration. Raises ConfigurationError for a manifest that cannot be read."""
-        return cls(tuple(_model(model) for model in configured))
+        """The catalogue of a configuration.
+
+        Raises ConfigurationError for a manifest, certificate or key that cannot be read.
+        """
+        contexts = TlsContexts()
+        return cls(tuple(_model(model, contexts) for model in configured))
 
     @property
     def variants(self) -> tuple[Variant, ...]:
         return tuple(variant for model in self.models for variant in model.variants)
 
-    def resolve(self, name: str) -> tuple[Variant, ...]:
-        """The variants that may serve `name`, in the operator's order. Raises ModelNotFound."""
-        try:
-            return self._by_name[name]
-        except KeyError:
+    def resolve(self, name: str, tenant: Tenant = ANONYMOUS) -> tuple[Variant, ...]:
+        """The variants that may serve `name` to `tenant`, in the operator's order.
+
+        Raises ModelNotFound: what a tenant may not use does not exist for it.
+        """
+        found = self._by_name.get(name, ())
+        if tenant.models is not None:
+            found = tuple(variant for variant in found if tenant.may_use(variant.model, variant.name))
+        if not found:
             shown = name[:SHOWN_NAME_CHARS]
-            raise ModelNotFound(
-                f"The model {shown!r} does not exist or you do not have access to it.", param="model"
-            ) from None
+            raise ModelNotFound(f"The model {shown!r} does not exist or you do not have access to it.", param="model")
+        return found
 
 
-def _model(configured: settings.Model) -> Model:
-    return Model(configured.name, tuple(_variant(configured, variant) for variant in configured.variants))
+def _model(configured: settings.Model, contexts: TlsContexts) -> Model:
+    return Model(configured.name, tuple(_variant(configured, variant, contexts) for variant in configured.variants))
 
 
-def _variant(model: settings.Model, configured: settings.Variant) -> Variant:
+def _variant(model: settings.Model, configured: settings.Variant, contexts: TlsContexts) -> Variant:
     manifest = Manifest.read(configured.manifest.parent) if configured.manifest else None
     return Variant(
         model=model.name,
         name=configured.name,
-        workers=tuple(_worker(f"{model.name}:{configured.name}", worker) for worker in configured.workers),
+        workers=tuple(_worker(f"{model.name}:{configured.name}", worker, contexts) for worker in configured.workers),
         quantization=configured.quantization or (manifest.quantization if manifest else None),
         context_length=manifest.context_length if manifest else None,
         resumes=model.resume,
     )
 
 
-def _worker(public_name: str, configured: settings.Worker) -> WorkerAddress:
-    authority = configured.url.removeprefix("http://")
-    host, _, port = authority.rpartition(":") if ":" in authority.rpartition("]")[2] else (authority, "", "80")
+def _worker(public_name: str, configured: settings.Worker, contexts: TlsContexts) -> WorkerAddress:
+    authority, is_tls = configured.authority, configured.url.startswith("https://")
+    default_port = "443" if is_tls else "80"
+    host, _, port = authority.rpartition(":") if ":" in authority.rpartition("]")[2] else (authority, "", default_port)
+    tls = configured.tls or settings.WorkerTls()
     return WorkerAddress(
         id=authority,
         host=host.strip("[]"),
         port=int(port),
         served_model=configured.served_model or public_name,
-        slots=configured.max_concurrency,
+        slots=configured.most_slots,
+        adapts=configured.max_concurrency == "auto",
+        tls=contexts.of(tls) if is_tls else None,
+        server_name=tls.server_name,
+        api_key=read_secret(configured.api_key_file, configured.api_key_env),
     )

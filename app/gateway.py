@@ -44,7 +44,7 @@ class Gateway:
         account = self._accounts.open(request)
         lease: Lease | None = None
         try:
-            variants = self._catalogue.resolve(request.model)
+            variants = self._catalogue.resolve(request.model, request.tenant)
             request.resolved_model = variants[0].model
             ranking = self._router.rank(self._registry.pool(variants), request)
             candidates = self._relay.screen(request, ranking.worker_ids)

@@ -11,16 +11,23 @@ from dataclasses import dataclass
 from app.admission.controller import RedisAdmission
 from app.admission.local import LocalAdmission
 from app.admission.roster import QueuedAdmission
-from app.admission.ticket import Admission
+from app.admission.slots import AdaptiveSlots
 from app.catalogue import Catalogue
+from app.credentials import server_secret
 from app.drain import Drain
 from app.gateway import Gateway
 from app.relay.relay import Relay
 from app.routing.router import Router
-from app.settings import Health, Settings
+from app.settings import Health, Settings, is_loopback
 from app.telemetry.account import Accounts, RequestsLog
-from app.telemetry.logs import Log, open_log
+from app.telemetry.logs import Log, open_audit, open_log
 from app.telemetry.metrics import Metrics, open_metrics
+from app.tenancy.authentication import Identification, KeyIdentification, OpenDoor
+from app.tenancy.directory import Directory
+from app.tenancy.failures import Failures
+from app.tenancy.keys import Pepper
+from app.tenancy.registrar import Registrar
+from app.tenancy.stores import RedisKeys, stores_of
 from app.tenancy.tenants import Tenants
 from app.tenant import Band
 from app.workers.capacity import open_slots
@@ -40,11 +47,15 @@ class Runtime:
     registry: Registry
     gateway: Gateway
     tenants: Tenants
+    identification: Identification
+    directory: Directory
+    registrar: Registrar | None
     admission: QueuedAdmission
     drain: Drain
     gauges: Gauges
     metrics: Metrics
     log: Log
+    audit: Log
     started: float
 
 
@@ -53,7 +64,9 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     """A running gateway. Raises ConfigurationError."""
     clock = time.monotonic
     log = open_log(settings.logs)
-    metrics = open_metrics()
+    secret = server_secret(settings.auth)
+    metrics = open_metrics(tuple(tenant.name for tenant in settings.tenants))
+    tenants = Tenants(settings.tenants, settings.default_tenant, secret)
     catalogue = Catalogue.of(settings.models)
     registry = Registry(catalogue, log)
     admission = _admission(settings, metrics, log)
@@ -69,14 +82,36 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
     drain = Drain(admission.turn_away)
-    tenants = Tenants(settings.tenants, settings.default_tenant)
+    pepper = Pepper(secret)
+    stores = stores_of(settings) if settings.is_guarded else []
+    directory = Directory(stores, tenants, settings.auth.stale_s, log, clock, time.time)
+    identification = _identification(settings, directory, pepper, tenants, metrics)
+    registrar = Registrar(RedisKeys(settings.redis), pepper, time.time) if settings.redis else None
+    if not settings.is_guarded:
+        _say_open(settings, metrics, log)
     runtime = Runtime(
-        settings, catalogue, registry, gateway, tenants, admission, drain, gauges, metrics, log, started=time.time()
+        settings,
+        catalogue,
+        registry,
+        gateway,
+        tenants,
+        identification,
+        directory,
+        registrar,
+        admission,
+        drain,
+        gauges,
+        metrics,
+        log,
+        audit=open_audit(settings.logs),
+        started=time.time(),
     )
     try:
-        async with admission.running(), monitor.running(), gauges.refreshed():
+        async with directory.running(), admission.running(), monitor.running(), gauges.refreshed():
             yield runtime
     finally:
+        if registrar is not None:
+            await registrar.aclose()
         relay.close()
         metrics.close()
 
@@ -84,21 +119,49 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
 class Capacity:
     """Tells the admission how many slots each worker has, whenever that changes."""
 
-    def __init__(self, admission: Admission, rules: Health, clock: Callable[[], float]) -> None:
+    def __init__(self, admission: QueuedAdmission, rules: Health, clock: Callable[[], float]) -> None:
         self._admission = admission
         self._rules = rules
         self._clock = clock
-        self._offered: dict[str, tuple[int, bool]] = {}
+        self._adaptive: dict[str, AdaptiveSlots] = {}
+        self._offered: dict[str, tuple[int, bool, int | None]] = {}
 
     def offer(self, worker: Worker) -> None:
-        offered = (open_slots(worker, self._clock(), self._rules), worker.condition.serves)
+        if worker.address.adapts:
+            self._adapt(worker)
+        slots = open_slots(worker, self._clock(), self._rules)
+        offered = (slots, worker.condition.serves, worker.limit)
         if self._offered.get(worker.id) != offered:
             self._offered[worker.id] = offered
-            self._admission.set_slots(worker.id, offered[0], is_served=offered[1])
+            self._admission.set_slots(worker.id, slots, is_served=worker.condition.serves, limit=worker.limit)
 
     def slots(self, worker: Worker) -> int:
         """The slots that were offered last."""
-        return self._offered.get(worker.id, (0, False))[0]
+        offered = self._offered.get(worker.id)
+        return offered[0] if offered else 0
+
+    def _adapt(self, worker: Worker) -> None:
+        adaptive = self._adaptive.setdefault(worker.id, AdaptiveSlots(worker.address.slots))
+        if worker.load is not None:
+            adaptive.observe(worker.load, self._admission.steered.get(worker.id))
+        worker.limit = adaptive.limit
+
+
+def _identification(
+    settings: Settings, directory: Directory, pepper: Pepper, tenants: Tenants, metrics: Metrics
+) -> Identification:
+    if not settings.is_guarded:
+        return OpenDoor(tenants, trusts_header=settings.admission.trust_tenant_header)
+    failures = Failures(settings.auth.failures_per_min)
+    return KeyIdentification(directory, pepper, failures, metrics, time.monotonic, time.time)
+
+
+def _say_open(settings: Settings, metrics: Metrics, log: Log) -> None:
+    """On loopback that is what everybody expects; anywhere else somebody wrote it out, and may have forgotten."""
+    metrics.open_doors.set(1)
+    hosts = [settings.listen.host, *([settings.admin.host] if settings.admin else [])]
+    if not all(is_loopback(host) for host in hosts):
+        log.warning("no keys are asked for", listen=hosts, because="auth.enabled is false")
 
 
 def _admission(settings: Settings, metrics: Metrics, log: Log) -> QueuedAdmission:

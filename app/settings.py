@@ -9,11 +9,20 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.errors import ConfigurationError
@@ -48,18 +57,61 @@ class Admin(Part):
     port: int = Field(8001, ge=0, le=65535)
 
 
+class Tls(Part):
+    """TLS towards a server. Its certificate is verified always, and nothing older than TLS 1.2 is spoken."""
+
+    ca_file: Path | None = Field(None, description="whom to trust (PEM), instead of the system's authorities")
+    cert_file: Path | None = Field(None, description="the gateway's own certificate, for servers that ask (mTLS)")
+    key_file: Path | None = Field(None, description="of cert_file; default: in the same file")
+    verify: Literal["full", "chain"] = Field(
+        "full", description="`chain`: the certificate may be for any name; only with a ca_file of one's own"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("a key_file needs a cert_file")
+        if self.verify == "chain" and self.ca_file is None:
+            raise ValueError("verify: chain needs a ca_file: public authorities certify anybody")
+        return self
+
+
+class WorkerTls(Tls):
+    """TLS towards a worker."""
+
+    server_name: str | None = Field(
+        None, min_length=1, max_length=253, description="asked for by SNI and expected; default: the url's host"
+    )
+
+
 class Redis(Part):
     """The server that all gateway processes share. Left out, each process admits on its own."""
 
-    url: str = "redis://127.0.0.1:6379/0"
+    url: str = Field("redis://127.0.0.1:6379/0", description="`rediss://` for TLS")
+    tls: Tls | None = Field(None, description="default for rediss: the system's authorities")
     prefix: str = Field("sluice", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="of all keys; one per fleet")
     allow_eviction: bool = Field(False, description="start although the server may evict keys, leases among them")
 
 
 class Auth(Part):
-    """API keys."""
+    """API keys: from files, and from Redis where there is one.
 
-    enabled: bool = False
+    `secret` is what digests of keys and cache salts are made with, the same on all replicas; better in a file or in
+    the environment (`SLUICE_AUTH__SECRET`) than in the configuration. Another secret makes all keys unknown.
+    """
+
+    enabled: bool | None = Field(None, description="left out: unless all listeners are on loopback")
+    key_files: tuple[Path, ...] = ()
+    secret: SecretStr | None = None
+    secret_file: Path | None = None
+    stale_s: float = Field(86_400, ge=0, description="how long known keys work while their store is out of reach")
+    failures_per_min: int = Field(120, ge=1, le=1_000_000, description="wrong keys of one address, before it gets 429")
+
+    @model_validator(mode="after")
+    def _has_one_secret(self) -> Auth:
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("secret and secret_file are both given")
+        return self
 
 
 class TenantLimits(Part):
@@ -108,15 +160,41 @@ class Worker(Part):
 
     url: str
     served_model: str | None = Field(None, description="the name vLLM knows the model by; default: `model:variant`")
-    max_concurrency: int = Field(64, ge=1, le=65536, description="slots: requests this worker holds at once")
+    max_concurrency: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field(
+        64, description="slots: requests this worker holds at once; `auto`: as many as its throughput gains from"
+    )
+    max_num_seqs: int = Field(256, ge=1, le=65536, description="vLLM's own flag: the most that `auto` tries")
+    tls: WorkerTls | None = Field(None, description="default for https: the system's authorities")
+    api_key_file: Path | None = Field(None, description="holds what the worker was given as --api-key")
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$", description="or the environment variable that holds it"
+    )
 
     @field_validator("url")
     @classmethod
-    def _is_plain_http(cls, url: str) -> str:
+    def _is_an_address(cls, url: str) -> str:
         parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
-            raise ValueError("a worker's url is http://HOST:PORT")
+        is_http = parts.scheme in ("http", "https")
+        if not is_http or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+            raise ValueError("a worker's url is http://HOST:PORT or https://HOST:PORT")
         return url.rstrip("/")
+
+    @property
+    def most_slots(self) -> int:
+        return self.max_num_seqs if self.max_concurrency == "auto" else self.max_concurrency
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.tls is not None and not self.url.startswith("https://"):
+            raise ValueError("tls needs a url with https")
+        if self.api_key_file is not None and self.api_key_env is not None:
+            raise ValueError("api_key_file and api_key_env exclude each other")
+        return self
+
+    @property
+    def authority(self) -> str:
+        """HOST:PORT as written, by which the worker is known."""
+        return self.url.partition("://")[2]
 
 
 class Variant(Part):
@@ -174,14 +252,18 @@ class Admission(Part):
     no_worker_timeout_s: float = Field(3, ge=0, le=60, description="longest wait while no worker is usable at all")
     ageing_s: float = Field(10, gt=0, le=3600, description="each so many seconds of waiting lift a ticket by one band")
     order_s_per_token: float = Field(
-        0, ge=0, le=10, description="order in a flow: 0 is by arrival; above, each predicted token delays by so much"
+        0.01,
+        ge=0,
+        le=10,
+        description="order in a tenant's flow: shortest first, each predicted token like so much later an arrival;"
+        " 0 is by arrival",
     )
     lease_s: float = Field(15, gt=0, le=300, description="a lease of a replica that fell silent ends after this")
     replicas: int = Field(
         1,
         ge=1,
         le=1000,
-        description="gateway replicas that share the workers; each uses its part of them without Redis",
+        description="gateway replicas at least; the ledger counts those that live. Without Redis each uses its part",
     )
     without_redis: Literal["local", "refuse"] = Field(
         "local", description="while Redis is gone: serve a static share, or answer 503"
@@ -251,9 +333,6 @@ class Limits(Part):
     body_timeout_s: float = Field(30, gt=0, le=600, description="from the headers' end to the body's")
     body_grace_s: float = Field(5, ge=0, le=600, description="before the lowest rate of a body counts")
     body_bytes_per_s: float = Field(16 * 1024, gt=0, description="lowest rate of a body, after the grace")
-    keep_request_ids: bool = Field(
-        False, description="take `x-request-id` from clients: only behind a proxy of one's own that sets it"
-    )
 
 
 class Structured(Part):
@@ -356,14 +435,22 @@ class Settings(BaseSettings):
         names = [model.name for model in self.models]
         if len(set(names)) != len(names):
             raise ValueError("a model is listed twice")
-        urls = [worker.url for model in self.models for variant in model.variants for worker in variant.workers]
-        if len(set(urls)) != len(urls):
+        places = [worker.authority for model in self.models for variant in model.variants for worker in variant.workers]
+        if len(set(places)) != len(places):
             raise ValueError("a worker's url is listed twice")
         if len({tenant.name for tenant in self.tenants}) != len(self.tenants):
             raise ValueError("a tenant is listed twice")
-        if self.auth.enabled:
-            raise ValueError("auth.enabled: this release has no API keys; bind to loopback or put a proxy in front")
+        if self.redis is not None and self.redis.tls is not None and not self.redis.url.startswith("rediss://"):
+            raise ValueError("redis.tls needs a url with rediss")
         return self
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether keys are asked for: as configured, and otherwise unless all listeners are on loopback."""
+        if self.auth.enabled is not None:
+            return self.auth.enabled
+        hosts = [self.listen.host, *([self.admin.host] if self.admin else [])]
+        return not all(is_loopback(host) for host in hosts)
 
 
 def load_settings(
@@ -381,7 +468,18 @@ def load_settings(
         listen = Listen(**{**settings.listen.model_dump(), **{k: v for k, v in flags.items() if v is not None}})
     except ValidationError as error:
         raise ConfigurationError(f"{where}: {_first_line(error)}") from None
-    return settings.model_copy(update={"listen": listen})
+    # What operators ask for is not for everybody who can reach a public address.
+    admin = settings.admin or (None if is_loopback(listen.host) else Admin())
+    settings = settings.model_copy(update={"listen": listen, "admin": admin})
+    _check_listeners(settings, where)
+    return settings
+
+
+def _check_listeners(settings: Settings, where: str) -> None:
+    if settings.is_guarded and settings.admission.trust_tenant_header:
+        raise ConfigurationError(f"{where}: admission.trust_tenant_header: needs auth: {{enabled: false}}")
+    if settings.admin and settings.admin.port == settings.listen.port != 0:
+        raise ConfigurationError(f"{where}: admin.port: the same as listen.port")
 
 
 def is_loopback(host: str) -> bool:

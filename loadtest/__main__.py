@@ -15,6 +15,10 @@ import uvloop
 from loadtest.bench import Cores, Findings, Plan, bench
 from loadtest.conversations import Workload
 from loadtest.cpu import split_cores, usable_cores
+from loadtest.order import MIXES, OrderPlan
+from loadtest.order import figures as order_figures
+from loadtest.order import measure as measure_order
+from loadtest.order import section as order_section
 from loadtest.peers import PEERS, bench_home, install
 from loadtest.prefix import PrefixPlan
 from loadtest.prefix import figures as prefix_figures
@@ -93,6 +97,18 @@ def prefix_command(rounds: int, conversations: int, kv_mib: int, output: Path | 
         raise click.ClickException(str(error)) from None
     print("\n" + prefix_figures(seen))
     _write(output or RESULTS, prefix_section(seen, plan, prefix_versions()))
+
+
+@main.command("order")
+@click.option("--requests", type=click.IntRange(100, 100_000), default=4000, show_default=True, help="In each run.")
+@click.option("--seeds", type=click.IntRange(1, 20), default=3, show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
+def order_command(requests: int, seeds: int, output: Path | None) -> None:
+    """First come first served against shortest predicted first, on simulated workers (a minute, no load at all)."""
+    plan = OrderPlan(requests=requests)
+    results = measure_order(plan, tuple(MIXES), seeds=seeds)
+    print("\n" + order_figures(results))
+    _write(output or RESULTS, order_section(results, plan, seeds))
 
 
 def _write(file: Path, section: str) -> None:

@@ -6,7 +6,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.api.access import caller_of
 from app.runtime import Runtime
+from app.tenant import Tenant
 
 
 def _runtime(request: Request) -> Runtime:
@@ -14,4 +16,9 @@ def _runtime(request: Request) -> Runtime:
     return runtime
 
 
+def _tenant(request: Request) -> Tenant:
+    return caller_of(request.scope).tenant
+
+
 RuntimeOf = Annotated[Runtime, Depends(_runtime)]
+TenantOf = Annotated[Tenant, Depends(_tenant)]

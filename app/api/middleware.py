@@ -4,38 +4,45 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.access import AUDITED, Audit, Guard
 from app.api.client import ClientGone
 from app.api.inference import InferenceRoutes
 from app.api.protocol import forget
 from app.api.refusal import send_error
 from app.api.response import response_of
-from app.errors import GatewayError, InternalError, MethodNotAllowed, RouteNotFound
+from app.errors import GatewayError, InternalError, MethodNotAllowed
 from app.telemetry.logs import Log
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
 
 class RequestIds:
-    """Outermost: every answer, also an error's, carries an `x-request-id`, made here.
+    """Outermost: every request gets an id here, and every answer, also an error's, carries an `x-request-id`.
 
-    A client's own is taken only with `keeps_given`, and if it is harmless: workers make the engine's ids of it, so two
-    clients must not be able to choose the same.
+    Workers make the engine's ids of the one made here, so it is never a client's. A harmless `x-request-id` of the
+    client's own is given back as it came, and the one made here stands beside it as `x-sluice-request-id`. Logs have
+    both; there a client may also be known by OpenAI's `x-client-request-id`, which is not given back.
     """
 
-    def __init__(self, app: ASGIApp, *, keeps_given: bool) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._keeps_given = keeps_given
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = (self._keeps_given and _client_request_id(scope)) or os.urandom(16).hex().encode()
-        scope["request_id"] = request_id.decode()
-        response_of(scope).add_header(b"x-request-id", request_id)
+        request_id = os.urandom(16).hex()
+        echoed, named = _client_request_ids(scope["headers"])
+        scope["request_id"] = request_id
+        scope["client_request_id"] = (echoed or named).decode()
+        response = response_of(scope)
+        response.add_header(b"x-request-id", echoed or request_id.encode())
+        if echoed:
+            response.add_header(b"x-sluice-request-id", request_id.encode())
         try:
             await self._app(scope, receive, send)
         finally:
@@ -63,50 +70,44 @@ class Errors:
             if scope["type"] != "http":
                 raise
             log: Log = scope["state"]["runtime"].log
-            log.exception("internal error", request_id=scope["request_id"], path=scope["path"])
+            ids = {"request_id": scope["request_id"], "client_request_id": scope["client_request_id"]}
+            log.exception("internal error", **ids, path=scope["path"])
             if not response_of(scope).has_begun:
                 await send_error(InternalError("The server had an error while processing your request."), send)
 
 
 class Dispatch:
-    """Innermost: the inference routes go straight to their endpoint, everything else to the FastAPI application.
+    """Innermost: past the guard, the inference routes go straight to their endpoint, all else to the application.
 
     FastAPI's own stack costs more CPU than the whole relay of a short answer, and none of it is used on this path.
-    With a listener of their own, operators' routes are unknown on the public one; which listener a request came to
-    is read from its socket, never from a header.
     """
 
-    def __init__(
-        self, inference: InferenceRoutes, app: ASGIApp, operator_paths: frozenset[str], admin_port: int | None
-    ) -> None:
+    def __init__(self, guard: Guard, inference: InferenceRoutes, app: ASGIApp) -> None:
+        self._guard = guard
         self._inference = inference
         self._app = app
-        self._operator_paths = operator_paths
-        self._admin_port = admin_port
+        self._audited = Audit(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path = scope["path"]
-            if self._admin_port is not None:
-                self._check_listener(scope, path)
-            if path in self._inference.paths:
-                if scope["method"] != "POST":
-                    raise MethodNotAllowed(f"{scope['method']} is not allowed for {path}.", allow="POST")
-                await self._inference(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _check_listener(self, scope: Scope, path: str) -> None:
-        is_admin = scope["server"][1] == self._admin_port
-        if is_admin != (path in self._operator_paths) and path not in PROBES:
-            raise RouteNotFound(f"Unknown request URL: {scope['method']} {path[:200]}.")
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        self._guard.check(scope, scope["state"]["runtime"].identification)
+        if path in self._inference.paths:
+            if scope["method"] != "POST":
+                raise MethodNotAllowed(f"{scope['method']} is not allowed for {path}.", allow="POST")
+            await self._inference(scope, receive, send)
+        elif path.startswith(AUDITED):
+            await self._audited(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
-PROBES = frozenset({"/healthz", "/readyz"})
-
-
-def _client_request_id(scope: Scope) -> bytes | None:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            return value if REQUEST_ID.fullmatch(value) else None
-    return None
+def _client_request_ids(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+    """The client's `x-request-id` and `x-client-request-id`, empty where not given once and harmless."""
+    given: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in (b"x-request-id", b"x-client-request-id"):
+            given[name] = b"" if name in given or not REQUEST_ID.fullmatch(value) else value
+    return given.get(b"x-request-id", b""), given.get(b"x-client-request-id", b"")

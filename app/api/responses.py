@@ -12,7 +12,7 @@ from app.relay.dialect import dialect_of
 RESUME = b"x-sluice-resume"
 """What is known about going on elsewhere: before a stream, and again as a trailer when it has ended."""
 
-_NO_BUFFERING: list[Header] = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+STREAM_HEADERS: list[Header] = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 
 
 async def send_reply(reply: Reply, response: Response, client: ClientConnection) -> None:
@@ -34,7 +34,7 @@ async def send_reply(reply: Reply, response: Response, client: ClientConnection)
     if not answer.is_streamed:
         await response.send_whole(headers, part)
         return
-    headers += _NO_BUFFERING
+    headers += STREAM_HEADERS
     if answer.resume:
         headers.append((b"trailer", RESUME))
     await response.begin(headers, part)

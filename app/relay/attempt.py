@@ -90,7 +90,7 @@ async def _first_bytes(request: InferenceRequest, connection: Connection) -> byt
         raise AttemptFailed(Fault.GARBAGE, error) from None
     except WorkerLost as error:
         error.retry_after_s = 1
-        raise AttemptFailed(Fault.LOST, error) from None
+        raise AttemptFailed(Fault.CUT if connection.has_body_begun else Fault.LOST, error) from None
     except GatewayError as error:
         raise AttemptFailed(Fault.TIMEOUT, error) from None
     if status != 200:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from app.errors import GatewayError, NoHealthyWorker
 from app.inference import InferenceRequest
 from app.relay.answer import Answer, BegunStream, StreamedAnswer, WholeAnswer
 from app.relay.attempt import Attempt, usage_of
@@ -102,7 +103,7 @@ class Relay:
             self._blame.refuse_quarantined(suspect)
             if not failure.fault.is_free:
                 if retried or failure.fault.is_final or not budget.take(self._clock()):
-                    raise failure.error
+                    raise self._last_word(failure, candidates, worker)
                 retried = True
             self._metrics.retries.labels(failure.fault).inc()
             await slot.move(self._elsewhere(candidates, worker, failure.fault))
@@ -135,7 +136,7 @@ class Relay:
 
     async def _note(self, worker: Worker, failure: AttemptFailed) -> None:
         self._blame.failed(worker, failure)
-        if failure.fault is Fault.LOST and await self._upstreams[worker.id].refuses():
+        if failure.fault.is_loss and await self._upstreams[worker.id].refuses():
             self._blame.died(worker)
 
     def _on_state(self, worker: Worker) -> None:
@@ -147,9 +148,18 @@ class Relay:
     def _elsewhere(self, candidates: tuple[str, ...], worker: Worker, fault: Fault) -> tuple[str, ...]:
         """Where to try again: on the same worker only if it has to be, or if all that it needed was a rest."""
         others = tuple(other for other in candidates if other != worker.id)
-        if fault is not Fault.SATURATED and any(self._registry[other].condition.serves for other in others):
+        if fault is not Fault.SATURATED and self._serves_besides(candidates, worker):
             return others
         return (*others, worker.id)
+
+    def _serves_besides(self, candidates: tuple[str, ...], worker: Worker) -> bool:
+        return any(self._registry[other].condition.serves for other in candidates if other != worker.id)
+
+    def _last_word(self, failure: AttemptFailed, candidates: tuple[str, ...], worker: Worker) -> GatewayError:
+        """What the client hears when there is no other attempt: of a lost worker, whether any is left."""
+        if failure.fault is Fault.LOST and not self._serves_besides(candidates, worker):
+            return NoHealthyWorker("The only worker of this model was lost. Please try again later.", retry_after_s=1)
+        return failure.error
 
     async def _rest(self, worker: Worker) -> None:
         """With a shared queue a slot may come up on a worker that only this process knows to be full or gone."""

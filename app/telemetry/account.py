@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
-from app.errors import GatewayError, InvalidRequest, QueueTimeout, Unavailable
+from app.errors import Draining, GatewayError, InvalidRequest, QueueTimeout, Unavailable
 from app.inference import InferenceRequest, Outcome, TokenUsage
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics, Series
@@ -17,6 +17,9 @@ Clock = Callable[[], float]
 
 UNRESOLVED = ""
 GAPS_AT_ONCE = 64
+NOTHING_USED = TokenUsage()
+CLIENT_GONE = "client_gone"
+CLIENT_STALLED = "client_stalled"
 
 
 @dataclass(slots=True)
@@ -129,12 +132,13 @@ class Account:
         model, band = self._request.resolved_model, self._request.band
         self._metrics.in_flight.dec()
         self._metrics.ended(model, self.variant, band, outcome, code, ended - self.timeline.arrived)
-        if self._series is not None:
-            self._observe(self._series, ended, outcome)
+        usage = self._observe(self._series, ended, outcome) if self._series is not None else NOTHING_USED
+        self._metrics.tenant_ended(self._request.tenant.name, outcome, usage)
         if self._log.wants(outcome):
             self._log.write(self._request, self, outcome, code, ended)
 
-    def _observe(self, series: Series, ended: float, outcome: Outcome) -> None:
+    def _observe(self, series: Series, ended: float, outcome: Outcome) -> TokenUsage:
+        """Observe what happened on a worker; what was used there."""
         line = self.timeline
         self._observe_gaps()
         series.queue_wait.observe(line.waited_s)
@@ -151,10 +155,14 @@ class Account:
         per_token = line.time_per_output_token(ended, usage.completion_tokens)
         if per_token is not None and outcome is Outcome.COMPLETED:
             series.tpot.observe(per_token)
+        return usage
 
 
 def outcome_of(cause: BaseException | None) -> Outcome:
-    """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it."""
+    """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it.
+
+    Why a request was cancelled only who watches it knows: the cancellation carries the code as its message.
+    """
     match cause:
         case None:
             return Outcome.COMPLETED
@@ -162,21 +170,23 @@ def outcome_of(cause: BaseException | None) -> Outcome:
             return Outcome.EXPIRED
         case InvalidRequest() | Unavailable():
             return Outcome.REJECTED
+        case asyncio.CancelledError(args=(code,)):
+            return {CLIENT_STALLED: Outcome.CLIENT_STALLED, Draining.code: Outcome.FAILED}.get(code, Outcome.CANCELLED)
         case asyncio.CancelledError():
-            return Outcome.FAILED if cause.args else Outcome.CANCELLED
+            return Outcome.CANCELLED
         case _:
             return Outcome.FAILED
 
 
 def code_of(cause: BaseException | None) -> str:
-    """The `code` label: a GatewayError's own, what a cancellation says or else `client_gone`, empty for a good end."""
+    """The `code` label: a GatewayError's own, what a cancellation says, empty for a good end."""
     match cause:
         case None:
             return ""
         case GatewayError():
             return cause.code
         case asyncio.CancelledError():
-            return str(cause.args[0]) if cause.args else "client_gone"
+            return str(cause.args[0]) if cause.args else CLIENT_GONE
         case _:
             return GatewayError.code
 
@@ -196,9 +206,11 @@ class RequestsLog:
         self._log.info(
             "request",
             request_id=request.id,
+            client_request_id=request.client_id,
             route=request.route.value,
             model=request.resolved_model,
             variant=account.variant,
+            tenant=request.tenant.name,
             band=request.band.value,
             stream=request.stream,
             outcome=outcome.value,

@@ -4,7 +4,8 @@
 -- last answered call, 5 rules (msgpack), 6 payload (msgpack). A call answers msgpack: {status, opens_in_us, body}.
 --
 --   state              hash    epoch, seen (last call), since and until (grants are withheld: see `is_open`)
---   slots              hash    worker -> slots: the most that a live replica sees in it (view:WORKER: replica -> slots)
+--   slots              hash    worker -> slots: the most that a live replica sees in it (view:WORKER: replica -> slots),
+--                              of an adaptive worker at most its limit (limit:WORKER: replica -> limit; see `limit_of`)
 --   held:WORKER        zset    lease id -> expiry. The set is the truth; nothing counts beside it
 --   tickets            hash    ticket id -> what is known of it. An id names its replica: REPLICA.RANDOM
 --   line:BAND:ROUTE    zset    tenant -> tag of its flow
@@ -178,10 +179,27 @@ local function free(id, worker)
   return freed == 1
 end
 
+-- Each replica would give an adaptive worker a limit; one of them steers: the first by name that can use the worker.
+-- The highest or the latest of all limits would undo the look that one takes at a lower limit. nil, nil: not adaptive.
+local function limit_of(worker)
+  local limits, first, limit = call('HGETALL', key('limit', worker)), nil, nil
+  for at = 1, #limits, 2 do
+    local replica = limits[at]
+    if (not first or replica < first) and number_of(call('HGET', key('view', worker), replica)) > 0 then
+      first, limit = replica, tonumber(limits[at + 1])
+    end
+  end
+  return limit, first
+end
+
 local function count_slots(worker)
   local most = nil
   for _, seen in ipairs(call('HVALS', key('view', worker))) do
     most = math.max(most or 0, tonumber(seen))
+  end
+  local limit = limit_of(worker)
+  if most and limit then
+    most = math.min(most, limit)
   end
   slots.put(worker, most or 0)
   if most or call('EXISTS', key('held', worker)) == 1 then
@@ -255,10 +273,16 @@ local function waiting_in(route, from, to)
   return total
 end
 
+-- Where it stands in its flow: by arrival, put back by what it is expected to cost.
+local function order_of(place)
+  return now - place.waited_us + us_per_token * place.cost
+end
+
 -- How many are granted first, if all cost the same: the higher bands; of each flow as many as of its own.
 local function ahead(place)
-  local mine = call('ZCARD', key('flow', place.band, place.route, place.tenant))
-  local flows = call('ZCARD', key('line', place.band, place.route)) + (mine == 0 and 1 or 0)
+  local flow = key('flow', place.band, place.route, place.tenant)
+  local mine = call('ZCOUNT', flow, '-inf', '(' .. string.format('%.17g', order_of(place)))
+  local flows = call('ZCARD', key('line', place.band, place.route)) + 1 - call('EXISTS', flow)
   local higher, same = waiting_in(place.route, 0, place.band - 1), waiting_in(place.route, place.band, place.band)
   return higher + math.min(same + 1, (mine + 1) * flows)
 end
@@ -307,9 +331,8 @@ local function ticket(id)
   return place
 end
 
--- `index` keeps those apart, in their order, that arrive in one call.
-local function enqueue(fields, place, index)
-  local arrived, deadline = now - place.waited_us + index, now + place.patience_us
+local function enqueue(fields, place)
+  local arrived, deadline = now - place.waited_us, now + place.patience_us
   local name = place.band .. ':' .. place.route
   local line = key('line', name)
   if waiting_in(place.route, place.band, place.band) == 0 then
@@ -319,7 +342,7 @@ local function enqueue(fields, place, index)
     end
   end
   call('ZADD', line, 'NX', start(place), place.tenant)
-  call('ZADD', key('flow', name, place.tenant), arrived + us_per_token * place.cost, place.id)
+  call('ZADD', key('flow', name, place.tenant), order_of(place), place.id)
   if waiting_in(place.route, 0, BANDS - 1) == 0 then
     local known = drain.get(place.route) or { 0, 0, 0 }
     drain.put(place.route, { now, known[2], known[3] })

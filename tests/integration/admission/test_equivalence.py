@@ -40,6 +40,7 @@ event = st.one_of(
     st.tuples(st.just("cancel"), pick),
     st.tuples(st.just("passes"), st.sampled_from((1, 1000, 70_000))),
     st.tuples(st.just("passes"), st.sampled_from((2_100_000, 4_000_000))),  # longer than a ticket needs to age
+    st.just(("stand",)),
     st.tuples(st.just("resize"), st.sampled_from(WORKERS), st.integers(0, 3)),
 )
 
@@ -102,6 +103,12 @@ class Pair:
         departures = Departures.none()
         departures.cancel(place.id, place.candidates, Debt(place.band, place.tenant, 0.0))
         assert (await self.replica.call(ledger.depart(departures))).grants == []
+
+    async def stand(self) -> None:
+        """Where everybody stands, the held and the unknown too."""
+        ids = [*self.waiting, *list(self.held)[:2], "r1.unknown"]
+        answer = await self.replica.call(ledger.standing(ids))
+        assert answer.body == [self.queue.standing(ticket_id) for ticket_id in ids]
 
     async def passes(self, by_us: int) -> None:
         """A replica is never silent for long: then it syncs."""

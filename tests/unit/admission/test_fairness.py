@@ -130,6 +130,21 @@ def test_a_debt_is_paid_by_waiting() -> None:
     assert [bench.tenants[bench.next()] for _ in range(3)] == ["modest", "modest", "greedy"]
 
 
+def test_a_standing_tells_of_ones_own_tenant_alone() -> None:
+    bench = Bench(msgspec.structs.replace(RULES, us_per_token=100_000))
+    long = bench.arrive(cost=30)
+    others = [bench.arrive("other", band=band) for band in (1, 2, 2, 2)]
+    short = bench.arrive(cost=5)
+    bench.now_us += SECOND
+    bench.next()  # the priority band's only ticket: a grant a second
+    standings = {name: bench.queue.standing(name) for name in (short, long, *others)}
+    assert [(standings[name].position, standings[name].of) for name in (short, long)] == [(1, 2), (2, 2)]
+    assert [(standings[name].position, standings[name].of) for name in others] == [(0, 0), (1, 3), (2, 3), (3, 3)]
+    # Of five that wait in two flows, two go until its own first has gone, and four until its second.
+    assert [standings[name].wait_us for name in (short, long)] == [2 * SECOND, 4 * SECOND]
+    assert bench.queue.standing("nobody").position == 0
+
+
 def test_an_expired_ticket_is_never_granted() -> None:
     bench = Bench()
     bench.arrive(patience_us=SECOND)
