@@ -8,9 +8,10 @@ from app.errors import GatewayError
 from app.gateway import Reply
 from app.inference import Route
 from app.relay.dialect import dialect_of
+from app.relay.resumption import ARMED
 
 RESUME = b"x-sluice-resume"
-"""What is known about going on elsewhere: before a stream, and again as a trailer when it has ended."""
+"""What is known about going on elsewhere: before a stream, and as a trailer what came of it."""
 
 STREAM_HEADERS: list[Header] = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 
@@ -35,12 +36,13 @@ async def send_reply(reply: Reply, response: Response, client: ClientConnection)
         await response.send_whole(headers, part)
         return
     headers += STREAM_HEADERS
-    if answer.resume:
+    is_armed = answer.resume == ARMED
+    if is_armed:
         headers.append((b"trailer", RESUME))
     await response.begin(headers, part)
     await answer.pour(client)
     if answer.is_whole:
-        response.end([(RESUME, answer.resume.encode())] if answer.resume else ())
+        response.end([(RESUME, answer.resume.encode())] if is_armed else ())
 
 
 def end_stream(error: GatewayError, route: Route, response: Response, client: ClientConnection) -> None:
