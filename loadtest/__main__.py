@@ -25,10 +25,11 @@ from loadtest.prefix import PrefixPlan
 from loadtest.prefix import figures as prefix_figures
 from loadtest.prefix import measure as measure_prefix
 from loadtest.prefix import section as prefix_section
-from loadtest.prefix import versions as prefix_versions
 from loadtest.processes import ProcessError
 from loadtest.report import circumstances, figures_table, render, verdicts, with_section
+from loadtest.scenarios.command import COMMANDS
 from loadtest.targets import Target, targets
+from loadtest.vllm_worker import versions
 
 T = TypeVar("T")
 
@@ -103,7 +104,11 @@ def prefix_command(rounds: int, conversations: int, kv_mib: int, output: Path | 
     except ProcessError as error:
         raise click.ClickException(str(error)) from None
     print("\n" + prefix_figures(seen))
-    _write(output or RESULTS, prefix_section(seen, plan, prefix_versions()))
+    _write(output or RESULTS, prefix_section(seen, plan, versions()))
+
+
+for command in COMMANDS:
+    main.add_command(command)
 
 
 @main.command("order")

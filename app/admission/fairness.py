@@ -130,7 +130,7 @@ class Overview(msgspec.Struct, array_like=True, frozen=True):
 
 @dataclass(slots=True)
 class Drain:
-    """How fast a route's waiting tickets are granted: mean gap between grants while somebody waits."""
+    """How fast waiting tickets are granted, of a route or of a flow: mean gap between grants while somebody waits."""
 
     last_us: int
     gap_us: float = 0.0
@@ -153,7 +153,17 @@ class _Waiting:
 @dataclass(slots=True)
 class _Flow:
     tag: float
+    drain: Drain
     tickets: list[tuple[float, str]] = field(default_factory=list)  # (order, id), sorted
+
+    def wait_us(self, position: int, route: Drain) -> int:
+        """At the flow's own pace, which tells what others take: higher bands, and tenants that do not wait now.
+
+        A flow that gets nothing is as slow as the time for which its route was granted to others.
+        """
+        passed_by_us = route.last_us - self.drain.last_us
+        gap_us = max(passed_by_us, self.drain.gap_us if self.drain.count >= DRAIN_TRUSTED else 0)
+        return int(position * gap_us)
 
 
 Line = tuple[int, str]  # band, route
@@ -262,17 +272,25 @@ class Queue:
         return now_us - place.waited_us + self._rules.us_per_token * place.cost
 
     def _expected_wait(self, place: Place, now_us: int) -> int:
-        drain = self._drain.get(place.route)
-        return 0 if drain is None else int(self._ahead(place, now_us) * drain.gap_us)
+        """Of one that comes now."""
+        flow = self._lines.get((place.band, place.route), {}).get(place.tenant)
+        position = bisect_left(flow.tickets, (self._order(place, now_us), "")) + 1 if flow else 1
+        return self._wait_at(place, position, newcomers=1)
 
-    def _ahead(self, place: Place, now_us: int) -> int:
+    def _wait_at(self, place: Place, position: int, newcomers: int) -> int:
+        """The longer of what the paces of its route and of its own flow tell of this position in the flow."""
+        drain = self._drain.get(place.route)
+        if drain is None:
+            return 0
+        flows = self._lines.get((place.band, place.route), {})
+        ahead = self._ahead(place, position * (len(flows) + (place.tenant not in flows)), newcomers)
+        at_own_pace = flows[place.tenant].wait_us(position, drain) if place.tenant in flows else 0
+        return max(int(ahead * drain.gap_us), at_own_pace)
+
+    def _ahead(self, place: Place, in_turn: int, newcomers: int) -> int:
         """How many are granted first, if all cost the same: the higher bands; of each flow as many as of its own."""
         higher = sum(self._depth["line", (band, place.route)] for band in range(place.band))
-        flows = self._lines.get((place.band, place.route), {})
-        before = (self._order(place, now_us), "")
-        mine = bisect_left(flows[place.tenant].tickets, before) + 1 if place.tenant in flows else 1
-        others = len(flows) if place.tenant in flows else len(flows) + 1
-        return higher + min(self._depth["line", (place.band, place.route)] + 1, mine * others)
+        return higher + min(self._depth["line", (place.band, place.route)] + newcomers, in_turn)
 
     def _count(self, place: Place, sign: int) -> None:
         for scope in (("tenant", place.tenant), ("band", place.band), ("all", None)):
@@ -296,7 +314,7 @@ class Queue:
             self._lines[line] = {}
             for worker in place.candidates:
                 self._of_worker[worker].add(line)
-        flow = self._lines[line].setdefault(place.tenant, _Flow(self._start(place)))
+        flow = self._lines[line].setdefault(place.tenant, _Flow(self._start(place), Drain(now_us)))
         insort(flow.tickets, (order, place.id))
         if not any(self._depth["line", (band, place.route)] for band in range(len(Band) + 1)):
             self._drain.setdefault(place.route, Drain(now_us)).last_us = now_us
@@ -330,6 +348,7 @@ class Queue:
             place = waiting.place
             self._drain[place.route].granted(now_us)
             flow = self._lines[place.band, place.route][place.tenant]
+            flow.drain.granted(now_us)
             self._dequeue(waiting)
             flow.tag = self._take(place, worker, tag)
             grants.append(Grant(place.id, worker))
@@ -368,13 +387,10 @@ class Queue:
         waiting = self._waiting.get(ticket_id)
         if waiting is None:
             return Standing(0, 0, 0)
-        band, route, drain = waiting.place.band, waiting.place.route, self._drain.get(waiting.place.route)
-        flows = self._lines[band, route]
-        tickets = flows[waiting.place.tenant].tickets
+        place = waiting.place
+        tickets = self._lines[place.band, place.route][place.tenant].tickets
         position = bisect_left(tickets, (waiting.order, ticket_id)) + 1
-        higher = sum(self._depth["line", (above, route)] for above in range(band))
-        ahead = higher + min(self._depth["line", (band, route)], position * len(flows))
-        return Standing(position, len(tickets), int(ahead * drain.gap_us) if drain else 0)
+        return Standing(position, len(tickets), self._wait_at(place, position, newcomers=0))
 
     def overview(self, now_us: int) -> Overview:
         flows = []

@@ -14,6 +14,7 @@
 --   virtual, finish:BAND       virtual time of a band; tenant -> finish, only of those that it has not passed
 --   depth              hash    how many wait, and their bytes, per tenant, band, line and in all
 --   drain:ROUTE        string  mean gap between grants while somebody waits
+--   drains:BAND:ROUTE  hash    tenant -> the same of its flow, for as long as it waits
 --   deadlines          zset    ticket id -> deadline
 --   alive, synced      zset    replica -> its last call, its last sync
 --   calls, replies     hash    replica -> number of its last call, and what that was answered
@@ -85,6 +86,20 @@ local drain = kept(function(route)
 end, function(route, value)
   call('SET', key('drain', route), cmsgpack.pack(value), 'EX', 3600)
 end)
+
+local function flow_drain(place)
+  local packed = call('HGET', key('drains', place.band, place.route), place.tenant)
+  return packed and cmsgpack.unpack(packed)
+end
+
+local function put_flow_drain(place, value)
+  call('HSET', key('drains', place.band, place.route), place.tenant, cmsgpack.pack(value))
+end
+
+local function drained(known)
+  local counted = math.min(known[3] + 1, DRAIN_WINDOW)
+  return { now, known[2] + (now - known[1] - known[2]) / counted, counted }
+end
 
 local function nothing() end
 
@@ -279,17 +294,37 @@ local function order_of(place)
 end
 
 -- How many are granted first, if all cost the same: the higher bands; of each flow as many as of its own.
-local function ahead(place)
+local function ahead(place, position, newcomers)
   local flow = key('flow', place.band, place.route, place.tenant)
-  local mine = call('ZCOUNT', flow, '-inf', '(' .. string.format('%.17g', order_of(place)))
   local flows = call('ZCARD', key('line', place.band, place.route)) + 1 - call('EXISTS', flow)
   local higher, same = waiting_in(place.route, 0, place.band - 1), waiting_in(place.route, place.band, place.band)
-  return higher + math.min(same + 1, (mine + 1) * flows)
+  return higher + math.min(same + newcomers, position * flows)
+end
+
+-- At the pace of its own flow, which tells what others take: higher bands, and tenants that do not wait now. A flow that
+-- gets nothing is as slow as the time for which its route was granted to others.
+local function wait_in_flow(place, position, known)
+  local own = flow_drain(place)
+  if not own then
+    return 0
+  end
+  return math.floor(position * math.max(known[1] - own[1], own[3] >= DRAIN_TRUSTED and own[2] or 0))
+end
+
+-- The longer of what the paces of its route and of its own flow tell of this position in the flow.
+local function wait_at(place, position, newcomers)
+  local known = drain.get(place.route)
+  if not known then
+    return 0
+  end
+  local by_route = math.floor(ahead(place, position, newcomers) * known[2])
+  return math.max(by_route, wait_in_flow(place, position, known))
 end
 
 local function expected_wait(place)
-  local known = drain.get(place.route)
-  return known and math.floor(ahead(place) * known[2]) or 0
+  local before = '(' .. string.format('%.17g', order_of(place))
+  local position = call('ZCOUNT', key('flow', place.band, place.route, place.tenant), '-inf', before) + 1
+  return wait_at(place, position, 1)
 end
 
 local function refusal(place, wait_us)
@@ -341,7 +376,9 @@ local function enqueue(fields, place)
       lines.put(worker, nil)
     end
   end
-  call('ZADD', line, 'NX', start(place), place.tenant)
+  if call('ZADD', line, 'NX', start(place), place.tenant) == 1 then
+    put_flow_drain(place, { now, 0, 0 })
+  end
   call('ZADD', key('flow', name, place.tenant), order_of(place), place.id)
   if waiting_in(place.route, 0, BANDS - 1) == 0 then
     local known = drain.get(place.route) or { 0, 0, 0 }
@@ -365,6 +402,7 @@ local function dequeue(place)
     return true
   end
   call('ZREM', key('line', name), place.tenant)
+  call('HDEL', key('drains', name), place.tenant)
   if waiting_in(place.route, place.band, place.band) == 0 then
     for _, worker in ipairs(place.candidates) do
       call('SREM', key('lines', worker), name)
@@ -437,12 +475,12 @@ local function grant(worker)
       return
     end
     local place = best.place
-    local known = drain.get(place.route) or { now, 0, 0 }
-    local counted = math.min(known[3] + 1, DRAIN_WINDOW)
-    drain.put(place.route, { now, known[2] + (now - known[1] - known[2]) / counted, counted })
+    drain.put(place.route, drained(drain.get(place.route) or { now, 0, 0 }))
+    local flow = drained(flow_drain(place) or { now, 0, 0 })
     local stays = dequeue(place)
     local tag = take(place, worker, best.tag)
     if stays then
+      put_flow_drain(place, flow)
       call('ZADD', key('line', place.band, place.route), tag, place.tenant)
     end
     tell(place.id, worker)

@@ -8,10 +8,7 @@ local function standing(id)
   end
   local flow = key('flow', place.band, place.route, place.tenant)
   local position = call('ZRANK', flow, id) + 1
-  local higher, same = waiting_in(place.route, 0, place.band - 1), waiting_in(place.route, place.band, place.band)
-  local ahead = higher + math.min(same, position * call('ZCARD', key('line', place.band, place.route)))
-  local known = drain.get(place.route)
-  return { position, call('ZCARD', flow), known and math.floor(ahead * known[2]) or 0 }
+  return { position, call('ZCARD', flow), wait_at(place, position, 0) }
 end
 
 local found = {}
