@@ -124,3 +124,11 @@ def test_the_short_way_says_what_the_long_one_does(stream: bytes, places: list[i
             assert events == [piece]
             assert data_of(piece) == only
             assert not long.has_pending
+
+
+def test_an_event_behind_half_a_one_has_no_short_way() -> None:
+    splitter = EventSplitter()
+    assert splitter.feed(b"data: a\n") == []
+    assert splitter.only_data(b"data: b\n\n") is None
+    assert splitter.feed(b"data: b\n\n") == [b"data: a\ndata: b\n\n"]
+    assert splitter.only_data(b"data: c\n\n") == b"c"
