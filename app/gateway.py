@@ -8,6 +8,7 @@ from typing import Self
 
 from app.admission.ticket import Admission, Lease, Ticket
 from app.catalogue import Catalogue, Variant
+from app.errors import GatewayError
 from app.inference import InferenceRequest
 from app.relay.answer import Answer
 from app.relay.relay import Relay
@@ -100,9 +101,14 @@ class Reply:
 
 
 def _release(lease: Lease | None, account: Account, error: BaseException | None) -> None:
-    """Give the slot back and close the account of a request that ended in `error`. Never waits."""
+    """Give the slot back and close the account of a request that ended in `error`. Never waits.
+
+    How it ends decides what it has cost its tenant.
+    """
     try:
         if lease is not None:
-            lease.release(account.usage)
+            lease.release(account.spent(error))
+            if isinstance(error, GatewayError):
+                error.allowances = lease.allowances
     finally:
         account.close(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from app.api.protocol import ClientConnection
+from app.api.rate_limits import rate_limit_headers
 from app.api.response import Header, Response
 from app.errors import GatewayError
 from app.gateway import Reply
@@ -28,6 +29,7 @@ async def send_reply(reply: Reply, response: Response, client: ClientConnection)
         (b"x-sluice-model", reply.variant.model.encode()),
         (b"x-sluice-variant", reply.variant.name.encode()),
         (b"x-sluice-queue-ms", b"%.1f" % (reply.lease.waited_s * 1000)),
+        *rate_limit_headers(reply.lease.allowances),
     ]
     if answer.resume:
         headers.append((RESUME, answer.resume.encode()))

@@ -21,13 +21,16 @@ class ServedWorker:
     manifest: Path | None = None
 
 
-def gateway_config(user: Mapping[str, Any], workers: Sequence[ServedWorker], redis_url: str | None) -> dict[str, Any]:
-    """The user's values, with our models before the user's, and our Valkey where there is one.
+def gateway_config(
+    user: Mapping[str, Any], workers: Sequence[ServedWorker], redis_url: str | None, key_file: Path | None = None
+) -> dict[str, Any]:
+    """The user's values, with our models before the user's, and our Valkey and our keys where there are any.
 
     No load balancer stands in front of `sluice up` that would have to notice its end.
     """
     redis = {"redis": {"url": redis_url}} if redis_url else {}
-    return {"drain_notice_s": 0, **user, **redis, "models": [*_models(workers), *(user.get("models") or [])]}
+    auth = {"auth": {**(user.get("auth") or {}), "key_files": [str(key_file)]}} if key_file else {}
+    return {"drain_notice_s": 0, **user, **redis, **auth, "models": [*_models(workers), *(user.get("models") or [])]}
 
 
 def _models(workers: Sequence[ServedWorker]) -> list[dict[str, Any]]:
