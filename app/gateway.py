@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -43,36 +42,25 @@ class Gateway:
 
         May be cancelled at any await: every release is synchronous, so that none can be interrupted.
         """
-        with ExitStack() as held:
-            account = held.enter_context(self._accounts.open(request))
+        account = self._accounts.open(request)
+        lease: Lease | None = None
+        try:
             variants = self._catalogue.resolve(request.model, request.tenant)
             request.resolved_model = variants[0].model
             ranking = self._router.rank(self._registry.pool(variants), request)
             candidates = self._relay.screen(request, ranking.worker_ids)
             lease = await self._admission.admit(Ticket.of(request, candidates))
-            held.push(partial(_leave, lease, account))
             self._note(lease, ranking.blocks)
-            answer = held.enter_context(await self._relay.open(request, lease, candidates, account))
-            held.callback(self._note, lease, ranking.blocks)
-            return Reply(answer, lease, self._registry[lease.worker_id].variant, held.pop_all())
+            answer = await self._relay.open(request, lease, candidates, account)
+        except BaseException as error:
+            _release(lease, account, error)
+            raise
+        return Reply(answer, lease, self._registry[lease.worker_id].variant, account, self._note, ranking.blocks)
 
     def _note(self, lease: Lease, blocks: Blocks) -> None:
         """Let the router know what is in the cache of the lease's worker; a lease lost on the way has no worker."""
         if blocks and lease.worker_id:
             self._router.sent(self._registry[lease.worker_id], blocks)
-
-
-def _leave(
-    lease: Lease,
-    account: Account,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-) -> None:
-    """How a request ends decides what it has cost its tenant."""
-    lease.release(account.spent(error))
-    if isinstance(error, GatewayError):
-        error.allowances = lease.allowances
 
 
 class Reply:
@@ -81,13 +69,23 @@ class Reply:
     In order: the connection to the worker, the slot (which goes to the next ticket), the account.
     """
 
-    __slots__ = ("_held", "answer", "lease", "variant")
+    __slots__ = ("_account", "_blocks", "_note", "answer", "lease", "variant")
 
-    def __init__(self, answer: Answer, lease: Lease, variant: Variant, held: ExitStack) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        lease: Lease,
+        variant: Variant,
+        account: Account,
+        note: Callable[[Lease, Blocks], None],
+        blocks: Blocks,
+    ) -> None:
         self.answer = answer
         self.lease = lease
         self.variant = variant
-        self._held = held
+        self._account = account
+        self._note = note
+        self._blocks = blocks
 
     def __enter__(self) -> Self:
         return self
@@ -95,4 +93,22 @@ class Reply:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._held.__exit__(kind, error, trace)
+        try:
+            self.answer.close()
+            self._note(self.lease, self._blocks)
+        finally:
+            _release(self.lease, self._account, error)
+
+
+def _release(lease: Lease | None, account: Account, error: BaseException | None) -> None:
+    """Give the slot back and close the account of a request that ended in `error`. Never waits.
+
+    How it ends decides what it has cost its tenant.
+    """
+    try:
+        if lease is not None:
+            lease.release(account.spent(error))
+            if isinstance(error, GatewayError):
+                error.allowances = lease.allowances
+    finally:
+        account.close(error)

@@ -43,8 +43,7 @@ class Outcome(StrEnum):
     """The client read nothing for too long and was disconnected."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenUsage:
+class TokenUsage(msgspec.Struct, frozen=True):
     """Tokens as the worker counted them."""
 
     prompt_tokens: int = 0

@@ -19,6 +19,8 @@ TENSOR_FIELDS = frozenset({"image_embeds", "audio_embeds", "video_embeds", "prom
 # A part of these may name its medium by `uuid`: the worker then takes whatever anybody sent under that name before.
 PART_TYPES = ("image_url", "audio_url", "video_url", "input_image", "input_audio")
 HEADER_BASE64_CHARS = 64
+# Every key that `_check_part` looks at, but for `type`.
+_MEDIA_FIELDS = TENSOR_FIELDS | URL_FIELDS.keys() | {"source", "input_audio", "uuid"}
 
 
 def check_media(value: list[Any] | dict[str, Any], where: str, limits: Media) -> None:
@@ -26,6 +28,8 @@ def check_media(value: list[Any] | dict[str, Any], where: str, limits: Media) ->
 
     Raises InvalidValue or UnsupportedParameter, `param` the path of the offending part.
     """
+    if not _has_media(value):
+        return
     count = 0
     stack: list[tuple[Any, str]] = [(value, where)]
     while stack:
@@ -37,6 +41,23 @@ def check_media(value: list[Any] | dict[str, Any], where: str, limits: Media) ->
         if count > limits.items:
             raise InvalidValue(f"There are more than {limits.items} images, sounds and videos.", param=where)
         stack += [(item, f"{path}.{name}") for name, item in node.items() if type(item) in (dict, list)]
+
+
+def _has_media(value: list[Any] | dict[str, Any]) -> bool:
+    """Whether any object in `value` could mean media; most requests have none, and need no paths."""
+    level: list[Any] = [value]
+    while not {dict, list}.isdisjoint(map(type, level)):
+        found: list[Any] = []
+        for node in level:
+            if type(node) is dict:
+                kind = node.get("type")
+                if not _MEDIA_FIELDS.isdisjoint(node) or (type(kind) is str and kind in TENSOR_FIELDS):
+                    return True
+                found += node.values()
+            elif type(node) is list:
+                found += node
+        level = found
+    return False
 
 
 def _check_part(node: dict[str, Any], path: str, limits: Media) -> int:

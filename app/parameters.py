@@ -194,6 +194,10 @@ OTHER: Rules = {
 }
 
 
+# What `structured` and the check of tools look at.
+_SHAPING = frozenset({"tools", "tool_choice", "response_format", "text", "structured_outputs"})
+
+
 def check(values: Mapping[str, Any], rules: Rules, limits: Parameters) -> None:
     """Refuse a request for what its fields say. Raises InvalidValue or UnsupportedParameter, `param` a JSON path."""
     for name, value in values.items():
@@ -203,8 +207,9 @@ def check(values: Mapping[str, Any], rules: Rules, limits: Parameters) -> None:
     _check_counts(values, rules, limits)
     if rules is not OTHER:
         _check_generation(values, rules)
-        _check_tools(values, limits)
-        structured.check_requested(values, limits.structured)
+        if not _SHAPING.isdisjoint(values):
+            _check_tools(values, limits)
+            structured.check_requested(values, limits.structured)
     messages = values.get("messages")
     if messages is not None:
         _check_messages(messages, is_chat=rules is CHAT)
@@ -277,9 +282,13 @@ def _check_messages(messages: Any, *, is_chat: bool) -> None:
         role = message.get("role")
         if type(role) is not str or role not in ROLES:
             raise _wrong(f"messages[{at}].role", f"one of {', '.join(sorted(ROLES))}")
-        _check_content(message, role, at)
-        if is_chat:
+        if type(message.get("content")) is not str:
+            _check_content(message, role, at)
+        if is_chat and not _CALLING.isdisjoint(message):
             _check_calls(message, calls, at)
+
+
+_CALLING = frozenset({"tool_calls", "tool_call_id"})
 
 
 def _check_content(message: Mapping[str, Any], role: str, at: int) -> None:

@@ -19,6 +19,7 @@ from loadtest.order import MIXES, OrderPlan
 from loadtest.order import figures as order_figures
 from loadtest.order import measure as measure_order
 from loadtest.order import section as order_section
+from loadtest.parsing import parsing_table
 from loadtest.peers import PEERS, bench_home, install
 from loadtest.prefix import PrefixPlan
 from loadtest.prefix import figures as prefix_figures
@@ -47,7 +48,7 @@ def main() -> None:
 @click.option("--targets", "names", help="Comma-separated; default: all that are installed.")
 @click.option("--repeats", type=click.IntRange(1, 20), default=3, show_default=True, help="Rounds over the targets.")
 @click.option("--seconds", type=click.FloatRange(0.5, 60), default=6.0, show_default=True, help="Measured window.")
-@click.option("--idle-streams", type=click.IntRange(10, 5_000), default=2_000, show_default=True)
+@click.option("--idle-streams", type=click.IntRange(10, 9_000), default=8_000, show_default=True)
 @click.option("--quick", is_flag=True, help="One short round: does it work? Writes no results by itself.")
 @click.option("--install-peers", is_flag=True, help="First install vllm-router and Envoy under $SLUICE_HOME/bench.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
@@ -80,6 +81,12 @@ def bench_command(
         _write(written, render(results, plan, cores, where))
     if any(not found.values for found in results.values()):
         raise SystemExit(1)
+
+
+@main.command("parse")
+def parse_command() -> None:
+    """CPU of reading a request body: milliseconds per megabyte, by what is in it."""
+    print(parsing_table())
 
 
 @main.command("prefix")

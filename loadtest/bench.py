@@ -4,7 +4,7 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from loadtest.loads import LoadError, OpenLoopResult, closed_loop, idle_streams,
 from loadtest.pacing import jittered_times, poisson_times
 from loadtest.processes import ProcessError, free_address, running, until_ready
 from loadtest.samples import percentile
-from loadtest.targets import Site, Target
+from loadtest.targets import Site, Target, valkey
 
 TTFT_RATE = 200
 """Requests per second of the open loop that measures added TTFT."""
@@ -45,7 +45,7 @@ class Plan:
     repeats: int = 3
     window_s: float = 6.0
     warmup_s: float = 1.5
-    idle_count: int = 2_000
+    idle_count: int = 8_000
     idle_gap_s: float = 60.0
 
 
@@ -240,11 +240,14 @@ async def visit(target: Target, plan: Plan, repeat: int, cores: Cores, findings:
         ProcessError: one of them did not become ready.
     """
     with tempfile.TemporaryDirectory(prefix="sluice-bench-") as name:
-        site = Site(free_address(), free_address(), Path(name))
+        site = Site(free_address(), free_address(), free_address(), Path(name))
         worker = [sys.executable, "-m", "loadtest.fake_vllm", "--port", str(site.worker.port)]
         worker_log, target_log = site.directory / "worker.log", site.directory / f"{target.name}.log"
-        async with running(worker, cores.load, worker_log) as process:
+        async with AsyncExitStack() as stack:
+            process = await stack.enter_async_context(running(worker, cores.load, worker_log))
             await until_ready(process, site.worker, "/health", worker_log)
+            if target.needs_valkey:
+                await stack.enter_async_context(running(valkey(site), cores.load, site.directory / "valkey.log"))
             async with running(target.command(site), cores.target, target_log) as process:
                 await until_ready(process, site.address, target.ready_path, target_log)
                 yield Visit(target, plan, repeat, site, process.pid, findings)

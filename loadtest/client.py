@@ -12,6 +12,8 @@ from typing import Protocol, cast
 import httptools
 
 CHAT_PATH = "/v1/chat/completions"
+KEY = "sk-sluice-" + "loadtest" * 4
+"""What every request shows; only targets that ask for keys look at it."""
 REFUSAL_KEPT = 1024
 """Bytes kept of an answer whose status is not 200."""
 
@@ -51,8 +53,9 @@ class ChatRequest:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         content = json.dumps(body).encode()
         host = f"{address.host}:{address.port}"
-        head = f"POST {CHAT_PATH} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: "
-        return f"{head}{len(content)}\r\n\r\n".encode() + content
+        head = f"POST {CHAT_PATH} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        head += f"authorization: Bearer {KEY}\r\ncontent-length: {len(content)}\r\n\r\n"
+        return head.encode() + content
 
 
 class StampScanner:

@@ -30,5 +30,22 @@ class Figure(Enum):
         self.digits = digits
 
 
-TARGET_RATIOS = {Figure.CPU_REQUEST_1K: 0.20, Figure.CPU_CHUNK: 0.30, Figure.CPU_CHUNK_IN_STEP: 0.30}
-"""What Sluice may cost at most, as a part of what the naive relay costs."""
+TARGET_RATIOS = {
+    ("naive", Figure.CPU_REQUEST_1K): 0.20,
+    ("naive", Figure.CPU_CHUNK): 0.30,
+    ("naive", Figure.CPU_CHUNK_IN_STEP): 0.30,
+    ("vllm-router", Figure.CPU_REQUEST_1K): 1.0,
+    ("vllm-router", Figure.CPU_REQUEST_32K): 1.5,
+    ("vllm-router", Figure.CPU_REQUEST_1M): 1.5,
+    ("vllm-router", Figure.CPU_CHUNK): 1.0,
+    ("vllm-router", Figure.CPU_CHUNK_IN_STEP): 1.0,
+}
+"""What Sluice may cost at most, as a part of what a peer costs in the same run."""
+
+TARGET_VALUES = {
+    Figure.ADDED_TTFT_P50: 1.5,
+    Figure.ADDED_TTFT_P99: 10.0,
+    Figure.ADDED_CHUNK_P99: 5.0,
+    Figure.IDLE_STREAM: 40.0,
+}
+"""What Sluice may show at most, in the figure's unit."""

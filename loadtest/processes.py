@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from loadtest.client import CHAT_PATH, Address
+from loadtest.client import CHAT_PATH, KEY, Address
 
 READY_S = 30.0
 STOP_S = 10.0
@@ -124,7 +124,7 @@ async def _obstacle(client: httpx.AsyncClient, path: str | None) -> str:
     try:
         answer = await client.get(path) if path else None
         if answer is None or answer.status_code == 200:
-            answer = await client.post(CHAT_PATH, json=one_token)
+            answer = await client.post(CHAT_PATH, json=one_token, headers={"authorization": f"Bearer {KEY}"})
     except httpx.TransportError as error:
         return str(error) or type(error).__name__
     return "" if answer.status_code == 200 else f"{answer.url.path} answers {answer.status_code} {answer.text[:300]}"

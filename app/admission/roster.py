@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
+
+from msgspec import structs
 
 from app import settings
 from app.admission.announcer import Announcer
@@ -145,7 +147,7 @@ class Roster:
 
     def new_id(self) -> str:
         """Never given before: 128 random bits, after the name of this process."""
-        return f"{self.name}.{secrets.token_hex(16)}"
+        return f"{self.name}.{os.urandom(16).hex()}"
 
     def enter(self, lease: QueuedLease, patience_s: float) -> asyncio.Future[None]:
         """A new wait begins, under a new id; done when it is granted."""
@@ -365,7 +367,7 @@ class QueuedAdmission:
     async def move(self, lease: QueuedLease, candidates: tuple[str, ...]) -> None:
         """The slot goes first, in a step of its own: an arrival may be refused for want of memory, a release never."""
         self._drop(lease, 0.0)
-        lease.ticket = replace(lease.ticket, candidates=candidates)
+        lease.ticket = structs.replace(lease.ticket, candidates=candidates)
         lease.is_moved = True
         await self._stand(lease)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
+
+import msgspec
 
 from app.errors import Allowance
 from app.inference import Band, InferenceRequest, QueueListener, Spent, TokenUsage
 from app.tenant import ANONYMOUS, Tenant
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(msgspec.Struct, frozen=True):
     """What the queue knows of a request.
 
     `candidates` are worker ids, best first; `deadline` is monotonic seconds, after which the ticket must not be

@@ -64,6 +64,7 @@ class Connection(Protocol):
     """What a watch needs of the server's connection to the client."""
 
     on_disconnect: Callable[[], None] | None
+    on_stall: Callable[[], None] | None
     paused_since: float | None
 
     def abort(self) -> None: ...
@@ -84,13 +85,16 @@ class ClientWatch:
         self._stall_s = stall_s
         self._drain = drain
         self._reason: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - inside a coroutine there is one
         self._task = task
-        self._timer = task.get_loop().call_later(self._stall_s, self._check_stall)
         self._connection.on_disconnect = self._leave
+        self._connection.on_stall = self._watch_stall
+        if self._connection.paused_since is not None:
+            self._watch_stall()
         self._drain.opened(self)
         return self
 
@@ -98,21 +102,31 @@ class ClientWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._drain.closed(self)
-        self._connection.on_disconnect = None
-        self._timer.cancel()
+        self._connection.on_disconnect = self._connection.on_stall = None
+        if self._timer is not None:
+            self._timer.cancel()
         if self._reason is not None:
             self._task.uncancel()
             if isinstance(error, asyncio.CancelledError):
                 raise self._reason from None
 
+    def _watch_stall(self) -> None:
+        """The client does not keep up: no timer runs as long as it does."""
+        if self._timer is None:
+            self._timer = self._task.get_loop().call_later(self._stall_s, self._check_stall)
+
     def _check_stall(self) -> None:
-        loop = self._task.get_loop()
+        self._timer = None
         since = self._connection.paused_since
-        if since is not None and loop.time() - since >= self._stall_s:
+        if since is None:
+            return
+        loop = self._task.get_loop()
+        left_s = since + self._stall_s - loop.time()
+        if left_s <= 0:
             self._end(ClientGone(), CLIENT_STALLED)
             self._connection.abort()
         else:
-            self._timer = loop.call_later(self._stall_s / 2, self._check_stall)
+            self._timer = loop.call_later(left_s, self._check_stall)
 
     def cut(self, error: Draining) -> None:
         """See `drain.Cuttable`."""

@@ -13,6 +13,7 @@ from app.api.access import caller_of
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
 from app.api.queue_events import serve_announced
+from app.api.response import response_of
 from app.api.responses import end_stream, send_reply
 from app.errors import Draining, InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
@@ -74,16 +75,16 @@ class InferenceRoutes:
             took_s = time.monotonic() - arrived
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
             raise
-        client = connection_of(scope)
+        client, response = connection_of(scope), response_of(scope)
         try:
             with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s, runtime.drain):
                 if request.wants_queue_events:
-                    await serve_announced(runtime.gateway, request, scope, send, client)
+                    await serve_announced(runtime.gateway, request, response, client)
                     return
                 with await runtime.gateway.serve(request) as reply:
-                    await send_reply(reply, send, client)
+                    await send_reply(reply, response, client)
         except Draining as error:
-            end_stream(error, request.route, scope, client)
+            end_stream(error, request.route, response, client)
             raise
 
     def _request(self, scope: Scope, body: bytes, arrived: float, settings: Settings) -> InferenceRequest:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -11,8 +11,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.api.access import AUDITED, Audit, Guard
 from app.api.client import ClientGone
 from app.api.inference import InferenceRoutes
-from app.api.protocol import forget, response_of
+from app.api.protocol import forget
 from app.api.refusal import send_error
+from app.api.response import response_of
 from app.errors import GatewayError, InternalError, MethodNotAllowed
 from app.telemetry.logs import Log
 
@@ -34,7 +35,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = secrets.token_hex(16)
+        request_id = os.urandom(16).hex()
         echoed, named = _client_request_ids(scope["headers"])
         scope["request_id"] = request_id
         scope["client_request_id"] = (echoed or named).decode()

@@ -2,8 +2,7 @@
 
 A request finds its connection in its scope. It can ask to be called when the client leaves, instead of keeping a task
 that waits in `receive`; it can write parts of a streamed body without waiting, and be told when the client does not
-keep up; and it can close the connection at once, whatever is still unsent. The response head and the first part
-leave in one write: uvicorn writes them apart, a system call and a packet more for every answer.
+keep up; and it can close the connection at once, whatever is still unsent. What it answers is in `response`.
 
 The guard: what is not a well-formed request, or does not arrive in time, is answered with an OpenAI error, in its
 turn among the answers of this connection, and the connection is closed. A request that arrives in one piece costs no
@@ -13,7 +12,7 @@ timer and a handful of comparisons.
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, cast
@@ -24,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from app.api import framing
 from app.api.refusal import refusing
+from app.api.response import RESPONSE, EndedByClose, JoinedWrites, Response
 from app.errors import (
     GatewayError,
     HeadersTooLarge,
@@ -35,7 +35,6 @@ from app.errors import (
 from app.settings import Limits
 
 CONNECTION = "sluice.connection"
-RESPONSE = "sluice.response"
 PIPELINED_REQUESTS = 128
 LINGER_S = 2.0
 PAUSED_S = 1.0
@@ -54,6 +53,8 @@ class ClientConnection(HttpToolsProtocol):
     """See the module. `on_disconnect` is called at most once, from the event loop, when the connection is lost."""
 
     on_disconnect: Callable[[], None] | None = None
+    on_stall: Callable[[], None] | None = None
+    """Called each time the client begins not to keep up."""
     paused_since: float | None = None
     """Since when, on the event loop's clock, the client has not kept up with what is written to it."""
     _on_pause: Callable[[bool], None] | None = None
@@ -73,15 +74,21 @@ class ClientConnection(HttpToolsProtocol):
         self._keeps_alive = True
         self._is_deaf = False
         self._is_unframed = False
+        self._idle_since = 0.0
 
     # the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(JoinedWrites(transport, self._lingers))  # type: ignore[arg-type]
+        self._write = transport.write
+        joined = JoinedWrites(transport, self._lingers)
+        self._write_through = joined.write_through
+        super().connection_made(joined)  # type: ignore[arg-type]
         self._arm(self._limits.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         super().connection_lost(exc)
         callback, self.on_disconnect = self.on_disconnect, None
         if callback is not None:
@@ -93,6 +100,35 @@ class ClientConnection(HttpToolsProtocol):
         if not self._is_answered:
             self.cycle.keep_alive = False
 
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but for the timer of an idle connection: moved when it fires, not for every answer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._await_idle(self.timeout_keep_alive)
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Nothing: the timer finds out by itself whether the connection was idle."""
+
+    def _await_idle(self, delay_s: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(delay_s, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        if self.transport.is_closing() or not self._is_answered or self._phase is not Phase.BETWEEN:
+            return
+        left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self._await_idle(left_s)
+        else:
+            self.transport.close()
+
     def shutdown(self) -> None:
         self._keeps_alive = False
         super().shutdown()
@@ -100,6 +136,8 @@ class ClientConnection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self.paused_since = self.loop.time()
+        if self.on_stall is not None:
+            self.on_stall()
         if self._on_pause is not None:
             self._on_pause(True)
 
@@ -116,8 +154,8 @@ class ClientConnection(HttpToolsProtocol):
             listener(True)
 
     def write(self, part: bytes) -> None:
-        """A part of the body of a response that is streamed: uvicorn has sent its head."""
-        self.transport.write(part if self._is_unframed else b"%x\r\n%b\r\n" % (len(part), part))
+        """A part of the body of a response that is streamed: `Response` has sent its head."""
+        self._write(part if self._is_unframed else b"%x\r\n%b\r\n" % (len(part), part))
 
     def abort(self) -> None:
         """Close now. An orderly close would wait, for ever, until the client has read what is buffered."""
@@ -139,7 +177,6 @@ class ClientConnection(HttpToolsProtocol):
     # what arrives
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         if self._is_deaf:
             return
         before, self._begun = self._phase, 0
@@ -191,7 +228,8 @@ class ClientConnection(HttpToolsProtocol):
         super().on_headers_complete()
         # The application is a task that has not begun yet.
         self.scope[CONNECTION] = self  # type: ignore[literal-required]
-        self.scope[RESPONSE] = ResponseState(self.cycle)  # type: ignore[literal-required]
+        response = Response(self.cycle, self._write_through, is_framed=version != "1.0")
+        self.scope[RESPONSE] = response  # type: ignore[literal-required]
         self._disarm()
         self._phase = Phase.BODY
         self._body_began = self.loop.time()
@@ -293,7 +331,7 @@ class ClientConnection(HttpToolsProtocol):
 
     def _answer(self, error: GatewayError, *, in_turn: bool) -> None:
         self.scope.setdefault("method", "GET")
-        request_id = secrets.token_hex(16).encode()
+        request_id = os.urandom(16).hex().encode()
         self.cycle = cycle = RequestResponseCycle(
             scope=self.scope,
             transport=self.transport,
@@ -329,97 +367,11 @@ def _refusal(error: Exception, data: bytes) -> GatewayError:
             return InternalError("The server had an error while processing your request.")
 
 
-class ResponseState:
-    """The response to one request, whoever writes it."""
-
-    __slots__ = ("_cycle",)
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether its head has been sent."""
-        return self._cycle.response_started
-
-    def add_header(self, name: bytes, value: bytes) -> None:
-        """Send this header with it, also if it is an error's or the framework's own."""
-        self._cycle.default_headers = [*self._cycle.default_headers, (name, value)]
-
-
 def connection_of(scope: Scope) -> ClientConnection:
     connection: ClientConnection = scope[CONNECTION]
     return connection
 
 
-def response_of(scope: Scope) -> ResponseState:
-    response: ResponseState = scope[RESPONSE]
-    return response
-
-
 def forget(scope: Scope) -> None:
     """Let go of connection and response at the end of a request: they hold the scope, and only a collector would."""
     del scope[CONNECTION], scope[RESPONSE]
-
-
-class EndedByClose:
-    """An answer to a client of HTTP/1.0, which knows no chunks: without a length, the connection's end is its end."""
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-        self._send = cycle.send
-        self._is_counted = False
-
-    async def send(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self._is_counted = any(name.lower() == b"content-length" for name, _ in message["headers"])
-            if not self._is_counted:
-                self._cycle.chunked_encoding = False
-        elif not self._is_counted:
-            self._cycle.expected_content_length = len(message.get("body", b""))
-        await self._send(message)
-
-
-class JoinedWrites:
-    """A transport that holds a response head back until the next write, at the latest until the next turn of the loop.
-
-    `lingers` is asked before a close whether the other side may go on sending for a while. Everything but `write`,
-    `close` and `is_closing` is the transport's own.
-    """
-
-    def __init__(self, transport: asyncio.Transport, lingers: Callable[[], bool]) -> None:
-        self._transport = transport
-        self._lingers = lingers
-        self._is_lingering = False
-        self._call_soon = asyncio.get_running_loop().call_soon
-        self._head: bytes | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if self._head is not None:
-            data, self._head = self._head + data, None
-        elif data.startswith(b"HTTP/1.1 "):
-            self._head = data
-            self._call_soon(self._flush)
-            return
-        self._transport.write(data)
-
-    def is_closing(self) -> bool:
-        return self._is_lingering or self._transport.is_closing()
-
-    def close(self) -> None:
-        self._flush()
-        if self.is_closing():
-            return
-        if self._transport.can_write_eof() and self._lingers():
-            self._is_lingering = True
-            self._transport.write_eof()
-        else:
-            self._transport.close()
-
-    def _flush(self) -> None:
-        if self._head is not None:
-            head, self._head = self._head, None
-            self._transport.write(head)

@@ -19,9 +19,8 @@ import asyncio
 from types import TracebackType
 from typing import Self
 
-from starlette.types import Scope, Send
-
 from app.api.protocol import ClientConnection
+from app.api.response import Response
 from app.api.responses import STREAM_HEADERS, end_stream, send_reply
 from app.errors import GatewayError, UpstreamBadResponse
 from app.gateway import Gateway, Reply
@@ -33,9 +32,9 @@ HEARTBEAT_S = 15.0
 class QueueEvents:
     """The comments on one stream, from the first to when it is left; then nothing is said any more."""
 
-    def __init__(self, request: InferenceRequest, send: Send, client: ClientConnection) -> None:
+    def __init__(self, request: InferenceRequest, response: Response, client: ClientConnection) -> None:
         self._request = request
-        self._send = send
+        self._response = response
         self._client = client
         self._clock = asyncio.get_running_loop().time
         self._opening: asyncio.Task[None] | None = None
@@ -73,30 +72,29 @@ class QueueEvents:
             (b"x-sluice-model", self._request.resolved_model.encode()),
             *STREAM_HEADERS,
         ]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._response.begin(headers, comment)
         self.has_begun = True
-        await self._send({"type": "http.response.body", "body": comment, "more_body": True})
 
 
 async def serve_announced(
-    gateway: Gateway, request: InferenceRequest, scope: Scope, send: Send, client: ClientConnection
+    gateway: Gateway, request: InferenceRequest, response: Response, client: ClientConnection
 ) -> None:
     """Serve a streaming request whose client wants to hear of its wait. Raises GatewayError."""
-    events = QueueEvents(request, send, client)
+    events = QueueEvents(request, response, client)
     try:
         with events:
             reply = await gateway.serve(request)
         with reply:
             if events.has_begun:
-                await _go_on(reply, send, client)
+                await _go_on(reply, response, client)
             else:
-                await send_reply(reply, send, client)
+                await send_reply(reply, response, client)
     except GatewayError as error:
-        end_stream(error, request.route, scope, client)
+        end_stream(error, request.route, response, client)
         raise
 
 
-async def _go_on(reply: Reply, send: Send, client: ClientConnection) -> None:
+async def _go_on(reply: Reply, response: Response, client: ClientConnection) -> None:
     """The answer, after its head and some comments."""
     answer, variant = reply.answer, reply.variant
     if not answer.is_streamed:
@@ -108,4 +106,4 @@ async def _go_on(reply: Reply, send: Send, client: ClientConnection) -> None:
         client.write(part)
     await answer.pour(client)
     if answer.is_whole:
-        await send({"type": "http.response.body", "body": b""})
+        response.end()

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from starlette.types import Scope, Send
-
-from app.api.protocol import ClientConnection, response_of
+from app.api.protocol import ClientConnection
 from app.api.rate_limits import rate_limit_headers
+from app.api.response import Header, Response
 from app.errors import GatewayError
 from app.gateway import Reply
 from app.inference import Route
 from app.relay.dialect import dialect_of
+from app.relay.resumption import ARMED
 
-Headers = list[tuple[bytes, bytes]]
+RESUME = b"x-sluice-resume"
+"""What is known about going on elsewhere: before a stream, and as a trailer what came of it."""
+
+STREAM_HEADERS: list[Header] = [(b"x-accel-buffering", b"no")]
 
 
-STREAM_HEADERS: Headers = [(b"x-accel-buffering", b"no")]
-
-
-async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None:
+async def send_reply(reply: Reply, response: Response, client: ClientConnection) -> None:
     """Relay `reply` to the client, each part as soon as it is there.
 
     An answer that broke is left without its last message: the server then closes the connection uncleanly, which is
@@ -32,21 +32,22 @@ async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None
         *rate_limit_headers(reply.lease.allowances),
     ]
     if answer.resume:
-        headers.append((b"x-sluice-resume", answer.resume.encode()))
+        headers.append((RESUME, answer.resume.encode()))
     part = await answer.next()
     if not answer.is_streamed:
-        headers.append((b"content-length", b"%d" % len(part)))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": part})
+        await response.send_whole(headers, part)
         return
-    await send({"type": "http.response.start", "status": 200, "headers": headers + STREAM_HEADERS})
-    await send({"type": "http.response.body", "body": part, "more_body": True})
+    headers += STREAM_HEADERS
+    is_armed = answer.resume == ARMED
+    if is_armed:
+        headers.append((b"trailer", RESUME))
+    await response.begin(headers, part)
     await answer.pour(client)
     if answer.is_whole:
-        await send({"type": "http.response.body", "body": b""})
+        response.end([(RESUME, answer.resume.encode())] if is_armed else ())
 
 
-def end_stream(error: GatewayError, route: Route, scope: Scope, client: ClientConnection) -> None:
+def end_stream(error: GatewayError, route: Route, response: Response, client: ClientConnection) -> None:
     """The last event of a stream that the gateway has to break off; nothing where no answer has begun."""
-    if response_of(scope).has_begun:
+    if response.has_begun:
         client.write(dialect_of(route).error_event(error))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from app.errors import GatewayError, WorkerLost
 from app.inference import InferenceRequest
-from app.relay.dialect import dialect_of
+from app.relay.dialect import TOKEN, dialect_of
 from app.relay.sse import EventSplitter, data_of
 from app.relay.upstream import Connection
 from app.telemetry.account import Account
@@ -32,16 +30,31 @@ class Sink(Protocol):
         """Have `listener` told when the client does not keep up (True), and when it does again (False)."""
 
 
+class Held(Protocol):
+    """What an answer holds until it is left."""
+
+    def close(self) -> None:
+        """Give it back. Never waits; once."""
+
+
+class Begun(Held, Protocol):
+    """An attempt whose answer, a stream, has begun."""
+
+    @property
+    def open_connection(self) -> Connection: ...
+
+
 class Answer:
-    """A worker's answer, from its first byte on. `next` yields it; leaving it gives the connection back.
+    """A worker's answer, from its first byte on. `next` yields it; closing it gives the connection back.
 
     `is_whole` tells, at the end, whether the client has got everything that the worker meant to send. `resume` says
-    whether it would go on elsewhere if it broke, where that is wanted; else it is empty.
+    whether it would go on elsewhere if it broke, where that is wanted, and what came of it once it broke; else it is
+    empty.
     """
 
     __slots__ = ("_held", "content_type", "is_streamed", "is_whole", "resume")
 
-    def __init__(self, held: ExitStack, content_type: bytes, *, is_streamed: bool) -> None:
+    def __init__(self, held: Held | None, content_type: bytes, *, is_streamed: bool) -> None:
         self._held = held
         self.content_type = content_type
         self.is_streamed = is_streamed
@@ -57,13 +70,11 @@ class Answer:
         while part := await self.next():
             sink.write(part)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._held.__exit__(kind, error, trace)
+    def close(self) -> None:
+        """Give back what it holds. Closing twice is closing once."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
 
 
 class WholeAnswer(Answer):
@@ -72,7 +83,7 @@ class WholeAnswer(Answer):
     __slots__ = ("_body",)
 
     def __init__(self, body: bytes) -> None:
-        super().__init__(ExitStack(), JSON_TYPE, is_streamed=False)
+        super().__init__(None, JSON_TYPE, is_streamed=False)
         self._body = body
 
     async def next(self) -> bytes:
@@ -83,10 +94,9 @@ class WholeAnswer(Answer):
 
 @dataclass(frozen=True, slots=True)
 class BegunStream:
-    """A worker's stream from its first byte on: what was read of it already, and what gives its connection back."""
+    """A worker's stream from its first byte on: whose it is, and what was read of it already."""
 
-    held: ExitStack
-    connection: Connection
+    held: Begun
     begun: bytes
 
 
@@ -114,7 +124,7 @@ class StreamedAnswer(Answer):
     def __init__(
         self, stream: BegunStream, request: InferenceRequest, account: Account, clock: Callable[[], float]
     ) -> None:
-        super().__init__(stream.held, stream.connection.headers[b"content-type"], is_streamed=True)
+        super().__init__(stream.held, stream.held.open_connection.headers[b"content-type"], is_streamed=True)
         self._dialect = dialect_of(request.route)
         self._hides_usage = request.hides_usage
         self._account = account
@@ -125,7 +135,7 @@ class StreamedAnswer(Answer):
         """Take the events from `stream` from now on."""
         self.stream = stream
         self._held = stream.held
-        self._connection = stream.connection
+        self._connection = stream.held.open_connection
         self._begun = stream.begun
         self._splitter = EventSplitter()
         self._ended = False
@@ -146,26 +156,29 @@ class StreamedAnswer(Answer):
         of every stream costs as much again as relaying it.
         """
         done = asyncio.get_running_loop().create_future()
+        connection, write = self._connection, sink.write
 
         def arrived() -> None:
             try:
                 while not self._ended and (part := self._digest()) is not None:
                     if part:
-                        sink.write(part)
+                        write(part)
+                    if not connection.is_over:  # all that has come was taken
+                        return
             except Exception as error:  # noqa: BLE001 - a callback: the error belongs to who awaits `done`
                 if not done.done():
                     done.set_exception(error)
             if self._ended and not done.done():
                 done.set_result(None)
 
-        self._connection.listen(arrived)
-        sink.on_pause(self._connection.hold)
+        connection.listen(arrived)
+        sink.on_pause(connection.hold)
         try:
             arrived()
             await done
         finally:
             sink.on_pause(None)
-            self._connection.listen(None)
+            connection.listen(None)
         await self._await_end()
 
     def _digest(self) -> bytes | None:
@@ -177,9 +190,17 @@ class StreamedAnswer(Answer):
                 return None
             if not data:
                 raise WorkerLost("The worker ended its answer before it was complete.")
-            return self._take(self._splitter.feed(data))
+            return self._pass(data)
         except GatewayError as error:
             return self._break(error)
+
+    def _pass(self, data: bytes) -> bytes:
+        """What of `data` goes to the client."""
+        only = self._splitter.only_data(data)
+        if only is not None and self._dialect.read(only) is TOKEN:  # nearly always, so it has a short way
+            self._account.token(self._clock())
+            return data
+        return self._take(self._splitter.feed(data))
 
     def _take(self, events: list[bytes]) -> bytes:
         """What of `events` goes to the client; notes tokens, usage and the end."""

@@ -7,7 +7,7 @@ vLLM 0.32 sends them. An event that is understood by nobody here is relayed all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -18,8 +18,7 @@ from app.inference import Route, TokenUsage
 DONE = b"[DONE]"
 
 
-@dataclass(frozen=True, slots=True)
-class Meaning:
+class Meaning(msgspec.Struct, frozen=True):
     """What one event says. `only_usage`: it exists because usage was asked for, and says nothing else."""
 
     has_token: bool = False
@@ -125,7 +124,7 @@ class CompletionsDialect:
             chunk = _decode_chunk(data)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return NOTHING
-        choices = chunk.choices or []
+        choices = chunk.choices or ()
         if chunk.usage is not None:
             return Meaning(_any_token(choices), only_usage=chunk.choices == [], usage=chunk.usage.counted())
         if chunk.error is not None:
@@ -200,5 +199,9 @@ def usage_of_answer(body: bytes) -> TokenUsage | None:
     return answer.usage.counted() if answer.usage is not None else None
 
 
-def _any_token(choices: list[_Choice]) -> bool:
-    return any(choice.text or (choice.delta is not None and choice.delta.generates) for choice in choices)
+def _any_token(choices: Sequence[_Choice]) -> bool:
+    for choice in choices:  # a generator would cost more than all it looks at
+        delta = choice.delta
+        if choice.text or (delta is not None and (delta.content or delta.generates)):
+            return True
+    return False

@@ -124,6 +124,9 @@ class ResumableAnswer(StreamedAnswer):
                 sink.write(part)
                 return
 
+    def _pass(self, data: bytes) -> bytes:
+        return self._take(self._splitter.feed(data))
+
     def _take(self, events: list[bytes]) -> bytes:
         """As for every stream, of the events in the client's own shape; those before an error still arrive."""
         translated = []
@@ -154,7 +157,7 @@ class ResumableAnswer(StreamedAnswer):
         if request is None:
             return self._end(error, Resume.NOT_POSSIBLE)
         self._resumes_left -= 1
-        self._held.close()
+        self.close()
         try:
             await self._carriers.move()
             answer = await self._carriers.open(request)
@@ -184,4 +187,5 @@ class ResumableAnswer(StreamedAnswer):
         return super()._break(error)
 
     def _count(self, outcome: Resume) -> None:
+        self.resume = outcome
         self._metrics.resumes.labels(outcome).inc()

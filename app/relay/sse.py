@@ -30,6 +30,16 @@ class EventSplitter:
         """Whether the stream stands inside an event."""
         return bool(self._pending)
 
+    def only_data(self, data: bytes) -> bytes | None:
+        """The data of `data` where it is one whole event of one line, as nearly every one is; else None.
+
+        Then it need not be fed: nothing is pending, before or after it.
+        """
+        is_one = data.startswith(b"data: ") and data.find(b"\n") == len(data) - 2 and data.endswith(b"\n\n")
+        if not is_one or self._pending or b"\r" in data or len(data) > EVENT_MAX_BYTES:
+            return None
+        return data[6:-2]
+
     def feed(self, data: bytes) -> list[bytes]:
         """The events that `data` completes, each with the empty line that ends it.
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 
 import httptools
 
@@ -63,6 +61,7 @@ class Connection(asyncio.Protocol):
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.is_complete = False
+        self.is_over = False  # no more bytes can come: the exchange is complete, or broke
         self.has_body_begun = False
         self._keeps_alive = False
 
@@ -84,7 +83,8 @@ class Connection(asyncio.Protocol):
         self._busy = True
         self._started = self._since = self._loop.time()
         self._transport.writelines((head, body))
-        self._timer = self._loop.call_later(self._longest_sleep_s, self._check_time)
+        if self._timer is None:  # one that the last exchange left behind comes no later than this one is due
+            self._timer = self._loop.call_later(self._longest_sleep_s, self._check_time)
 
     async def read_head(self) -> None:
         """Wait until `status` and `headers` are known. Raises GatewayError."""
@@ -141,9 +141,6 @@ class Connection(asyncio.Protocol):
         """End the exchange. True when the connection may carry another one; otherwise it is closed at once."""
         self._busy = False
         self._listener = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         reusable = self.is_open and self.is_complete and self._error is None and self._keeps_alive
         if not reusable:
             self.abort()
@@ -151,7 +148,13 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self.is_open = False
+        self._disarm()
         self._transport.abort()
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def give_up(self, gap_timeout_s: float) -> None:
         """The worker stalls: end an exchange that it has not begun to answer, be less patient with any other."""
@@ -160,8 +163,7 @@ class Connection(asyncio.Protocol):
             return
         self._gap_timeout_s = min(self._gap_timeout_s, gap_timeout_s)
         self._since = self._loop.time()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._disarm()
         self._timer = self._loop.call_later(min(self._gap_timeout_s, self._longest_sleep_s), self._check_time)
 
     def _wake(self) -> None:
@@ -177,23 +179,28 @@ class Connection(asyncio.Protocol):
     def _break(self, error: GatewayError) -> None:
         if self._error is None and not self.is_complete:
             self._error = error
+            self.is_over = True
         self.abort()
         self._wake()
 
     def _check_time(self) -> None:
-        """Enforce the limits. One timer an exchange, moved when it fires: cheaper than one for each chunk.
+        """Enforce the limits. One timer a connection, moved when it fires: cheaper than one for each chunk or exchange.
 
         Time counts only while the relay waits for the worker; a client that reads slowly is not the worker's fault.
         Headers are no byte of the answer: vLLM sends those of a stream before the request has a place in its engine.
         """
+        self._timer = None
+        if not self._busy:
+            return
         now = self._loop.time()
         limit = self._gap_timeout_s if self.has_body_begun else self._limits.first_byte_timeout_s
         since = self._since if self.has_body_begun else self._started
         waited = now - since if self._is_awaited else 0.0
-        if now - self._started >= self._limits.total_timeout_s:
+        left_s = self._limits.total_timeout_s - (now - self._started)
+        if left_s <= 0:
             self._break(UpstreamStalled("The answer took longer than a whole answer may."))
         elif waited < limit:
-            self._timer = self._loop.call_later(min(limit - waited, self._longest_sleep_s), self._check_time)
+            self._timer = self._loop.call_later(min(limit - waited, left_s, self._longest_sleep_s), self._check_time)
         elif self.has_body_begun:
             self._break(UpstreamStalled("The worker stopped in the middle of its answer."))
         else:
@@ -222,11 +229,15 @@ class Connection(asyncio.Protocol):
         if self._buffered > BUFFER_MAX_BYTES and not self._paused:
             self._paused = True
             self._transport.pause_reading()
-        if self._answered:
+        listener = self._listener
+        if listener is not None:
+            listener()
+        elif self._answered:
             self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_open = False
+        self._disarm()
         if self._busy:
             self._break(WorkerLost("The worker closed the connection before its answer was complete."))
 
@@ -235,6 +246,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self.is_complete:
             self._error = UpstreamBadResponse("The worker sent more than one answer.")
+            self.is_over = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.lower()] = value
@@ -254,24 +266,8 @@ class Connection(asyncio.Protocol):
             self.headers.clear()
             self._answered = False
         else:
-            self.is_complete = True
+            self.is_complete = self.is_over = True
             self._keeps_alive = self._parser.should_keep_alive()  # known only inside this callback
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One request to one worker and its response; gives the connection back when it is left."""
-
-    connection: Connection
-    upstream: Upstream
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.upstream.end(self.connection)
 
 
 class Upstream:
@@ -289,14 +285,14 @@ class Upstream:
         if address.api_key:
             self._fixed += b"authorization: Bearer %s\r\n" % address.api_key.encode()
 
-    async def send(self, path: str, headers: tuple[Header, ...], body: bytes) -> Exchange:
-        """Send a POST of JSON. Raises ConnectFailed."""
+    async def send(self, path: str, headers: tuple[Header, ...], body: bytes) -> Connection:
+        """Send a POST of JSON; the connection is to be given back by `end`. Raises ConnectFailed."""
         connection = self._take_idle() or await self._connect()
         lines = b"".join([b"%s: %s\r\n" % header for header in headers])
         head = b"POST %s HTTP/1.1\r\n%scontent-length: %d\r\n%s\r\n" % (path.encode(), self._fixed, len(body), lines)
         connection.start(head, body)
         self._carrying.add(connection)
-        return Exchange(connection, self)
+        return connection
 
     def end(self, connection: Connection) -> None:
         """An exchange is over, well or not."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from app import settings
 from app.inference import InferenceRequest
@@ -21,8 +22,7 @@ from app.workers.worker import State, Worker
 TAIL_BYTES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     """A worker that may serve the request, what it scored, and why it may (or can't yet)."""
 
     worker_id: str
@@ -30,8 +30,7 @@ class Candidate:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ranking:
+class Ranking(msgspec.Struct, frozen=True):
     """Every worker of the pool, best first, and the prompt's blocks, if the policy looked at them.
 
     Workers that are not ready stay in the ranking, last: they have no slots now, and a request that waits takes the
@@ -43,7 +42,7 @@ class Ranking:
 
     @property
     def worker_ids(self) -> tuple[str, ...]:
-        return tuple(candidate.worker_id for candidate in self.candidates)
+        return tuple([candidate.worker_id for candidate in self.candidates])
 
 
 class Router:
@@ -62,7 +61,7 @@ class Router:
     def rank(self, pool: Sequence[Worker], request: InferenceRequest) -> Ranking:
         """The workers of `pool` for `request`, best first. With one worker there is nothing to decide."""
         if len(pool) == 1:
-            return _ranking([_candidate(pool[0])])
+            return Ranking((_alone(pool[0]),))
         return self._order(pool, request)
 
     def sent(self, worker: Worker, blocks: Blocks) -> None:
@@ -131,6 +130,10 @@ def _candidate(worker: Worker) -> Candidate:
     if not worker.is_ready:
         return Candidate(worker.id, -1.0, worker.condition.reason)
     return Candidate(worker.id, _load_score(worker), "ready")
+
+
+def _alone(worker: Worker) -> Candidate:
+    return Candidate(worker.id, 0.0, "ready" if worker.is_ready else worker.condition.reason)
 
 
 def _load_score(worker: Worker) -> float:

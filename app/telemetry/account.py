@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
@@ -16,6 +16,7 @@ from app.telemetry.metrics import Metrics, Series
 Clock = Callable[[], float]
 
 UNRESOLVED = ""
+GAPS_AT_ONCE = 64
 NOTHING_USED = TokenUsage()
 CLIENT_GONE = "client_gone"
 CLIENT_STALLED = "client_stalled"
@@ -36,15 +37,16 @@ class Timeline:
     first_token: float | None = None
     last_token: float | None = None
     token_chunks: int = 0
+    gaps: list[float] = field(default_factory=list)
 
-    def token(self, now: float) -> float | None:
-        """A token chunk came; the gap since the last one, None for the first."""
+    def token(self, now: float) -> None:
+        """A token chunk came; the gap since the last one, if there was one, is added to `gaps`."""
         self.token_chunks += 1
         last, self.last_token = self.last_token, now
         if last is None:
             self.first_token = now
-            return None
-        return now - last
+        else:
+            self.gaps.append(now - last)
 
     @property
     def overhead_s(self) -> float | None:
@@ -58,9 +60,9 @@ class Timeline:
 
 
 class Account:
-    """Counts a request in flight while it is entered; observes everything about it, once, when it is left.
+    """Counts a request in flight until it is closed; observes everything about it, once, then.
 
-    The outcome is decided by how it is left: by the exception that passes through, or by `fail` for an answer that
+    The outcome is decided by what it is closed with, the exception that passed through, or by `fail` for an answer that
     broke after its first byte, where no exception can reach the client any more.
     """
 
@@ -76,9 +78,9 @@ class Account:
         self._broken: GatewayError | None = None
         self.timeline = Timeline(request.arrived)
         self.usage: TokenUsage | None = None
+        metrics.in_flight.inc()
 
     def __enter__(self) -> Self:
-        self._metrics.in_flight.inc()
         return self
 
     def admitted(self, variant: str, waited_s: float) -> None:
@@ -102,9 +104,16 @@ class Account:
             self.timeline.first_byte = now
 
     def token(self, now: float) -> None:
-        gap = self.timeline.token(now)
-        if gap is not None and self._series is not None:
-            self._series.itl.observe(gap)
+        """A token chunk came. Gaps are observed in bulk: counting each where it falls costs as much as relaying it."""
+        line = self.timeline
+        line.token(now)
+        if len(line.gaps) >= GAPS_AT_ONCE:
+            self._observe_gaps()
+
+    def _observe_gaps(self) -> None:
+        gaps, self.timeline.gaps = self.timeline.gaps, []
+        if self._series is not None:
+            self._series.itl.observe_all(gaps)
 
     def spent(self, error: BaseException | None) -> TokenUsage | Spent | None:
         """What a request that ends with `error` used of its tenant's limits; None is nothing, it was not even made.
@@ -130,6 +139,10 @@ class Account:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None) -> None:
+        """The request has ended, in `error` if it was not well. To be called once; never waits."""
         ended = self._clock()
         cause = error or self._broken
         outcome, code = outcome_of(cause), code_of(cause)
@@ -144,6 +157,7 @@ class Account:
     def _observe(self, series: Series, ended: float, outcome: Outcome) -> TokenUsage:
         """Observe what happened on a worker; what was used there."""
         line = self.timeline
+        self._observe_gaps()
         series.queue_wait.observe(line.waited_s)
         if line.overhead_s is not None:
             series.overhead.observe(line.overhead_s)

@@ -22,7 +22,7 @@ async def test_f01_lost_before_the_first_byte_is_served_by_another(pool: MakePoo
         assert time.monotonic() - began < 1
         assert (attempts(first), attempts(second)) == (1, 1)
         assert spent(home) == 1
-        assert not home.gateway._relay._quarantine  # the worker lives: nobody is to blame
+        assert not home.gateway._relay._blame._quarantine  # the worker lives: nobody is to blame
 
 
 async def test_f01_killed_before_the_first_byte_counts_against_the_request(pool: MakePool) -> None:
@@ -34,7 +34,7 @@ async def test_f01_killed_before_the_first_byte_counts_against_the_request(pool:
         first.crash()
         assert (await client.answered(1)).ok
         assert home.known(first).condition.state is State.LOST
-        assert [len(record.deaths) for record in home.gateway._relay._quarantine._records.values()] == [1]
+        assert [len(record.deaths) for record in home.gateway._relay._blame._quarantine._records.values()] == [1]
         assert spent(home) == 1
 
 

@@ -88,10 +88,15 @@ async def stream(url: str, path: str, body: dict[str, Any]) -> tuple[list[Event]
         head = (await wire.until(b"\r\n\r\n")).decode()
         assert " 200 " in head
         try:
-            content, in_order = dechunked(await wire.until(b"0\r\n\r\n"))
+            content, in_order = dechunked(await wire.until(b"\r\n0\r\n") + b"\r\n")
+            trailer = (await wire.until(b"\r\n")).decode()
         except asyncio.IncompleteReadError as cut:
-            content, in_order = dechunked(cut.partial)
+            content, in_order, trailer = *dechunked(cut.partial), ""
     told = next((line.partition(": ")[2] for line in head.split("\r\n") if line.startswith("x-sluice-resume")), "")
+    if told == "armed" and in_order:  # the trailer says what came of it
+        assert "trailer: x-sluice-resume" in head
+        assert trailer.startswith("x-sluice-resume: ")
+        told += trailer.strip().removeprefix("x-sluice-resume:")
     return events(unstamped(renamed(content, minted_id(head)))), in_order, told
 
 
@@ -125,7 +130,7 @@ async def test_a_broken_stream_goes_on_as_if_nothing_had_happened(home: House, n
     before, tokens = await outcomes(home), (await home.gateway.scrape()).sum("sluice_generation_tokens_total")
     got, in_order, told = await stream(home.gateway.url, path, lost({**body, "stream_options": USAGE}, f"{fault}:4"))
     assert got == expected
-    assert (in_order, told) == (True, "armed")
+    assert (in_order, told) == (True, "armed resumed")
     await counted(home, before, "resumed")
     usage = expected[-2].json["usage"]
     await home.gateway.metric("sluice_generation_tokens_total", tokens + usage["completion_tokens"])
@@ -237,7 +242,7 @@ async def test_the_official_client_reads_one_answer(home: House) -> None:
 async def test_no_token_ids_are_shown_that_nobody_asked_for(home: House) -> None:
     path, body = BODIES["chat"]
     got, _, told = await stream(home.gateway.url, path, body)
-    assert told == "armed"
+    assert told == "armed armed"
     assert any(worker.requests[-1].body.get("return_token_ids") for worker in home.pair if worker.requests)
     assert not any('token_ids":[' in event.data for event in got)
     direct, _, _ = await stream(home.pair[0].url, path, {**body, "stream_options": USAGE})

@@ -110,3 +110,25 @@ def test_a_whole_event_that_is_too_large_is_refused() -> None:
 )
 def test_the_data_of_an_event(event: bytes, data: bytes) -> None:
     assert data_of(event) == data
+
+
+@given(streams(), st.lists(st.integers(0, 10_000), max_size=4))
+def test_the_short_way_says_what_the_long_one_does(stream: bytes, places: list[int]) -> None:
+    short, long = EventSplitter(), EventSplitter()
+    for piece in cut(stream, places):
+        only = short.only_data(piece)
+        events = long.feed(piece)
+        if only is None:
+            assert short.feed(piece) == events
+        else:
+            assert events == [piece]
+            assert data_of(piece) == only
+            assert not long.has_pending
+
+
+def test_an_event_behind_half_a_one_has_no_short_way() -> None:
+    splitter = EventSplitter()
+    assert splitter.feed(b"data: a\n") == []
+    assert splitter.only_data(b"data: b\n\n") is None
+    assert splitter.feed(b"data: b\n\n") == [b"data: a\ndata: b\n\n"]
+    assert splitter.only_data(b"data: c\n\n") == b"c"

@@ -10,7 +10,7 @@ import pytest
 
 from app.catalogue import WorkerAddress
 from app.errors import UpstreamBadResponse, UpstreamStalled, UpstreamTimeout, WorkerLost
-from app.relay.upstream import BUFFER_MAX_BYTES, ConnectFailed, Upstream
+from app.relay.upstream import BUFFER_MAX_BYTES, ConnectFailed, Connection, Upstream
 from app.settings import Relay as Limits
 from tests.processes import free_port
 
@@ -54,11 +54,20 @@ class Script:
             writer.close()
 
 
+@asynccontextmanager
+async def exchange_with(upstream: Upstream, path: str, body: bytes) -> AsyncIterator[Connection]:
+    connection = await upstream.send(path, (), body)
+    try:
+        yield connection
+    finally:
+        upstream.end(connection)
+
+
 async def read_all(upstream: Upstream) -> bytes:
-    with await upstream.send("/v1/chat/completions", (), b"{}") as exchange:
-        await exchange.connection.read_head()
+    async with exchange_with(upstream, "/v1/chat/completions", b"{}") as connection:
+        await connection.read_head()
         parts = []
-        while part := await exchange.connection.read():
+        while part := await connection.read():
             parts.append(part)
         return b"".join(parts)
 
@@ -107,10 +116,10 @@ async def test_an_answer_cut_short_is_never_whole(answer: bytes) -> None:
 
 async def test_what_came_before_a_break_is_delivered_first() -> None:
     async with Script(OK + b"content-length: 10\r\n\r\nhalf", then_close=True).running() as upstream:
-        with await upstream.send("/", (), b"{}") as exchange:
-            assert await exchange.connection.read() == b"half"
+        async with exchange_with(upstream, "/", b"{}") as connection:
+            assert await connection.read() == b"half"
             with pytest.raises(WorkerLost):
-                await exchange.connection.read()
+                await connection.read()
 
 
 @pytest.mark.parametrize(
@@ -181,8 +190,8 @@ async def test_nobody_listens() -> None:
 async def test_a_reader_that_does_not_read_pauses_the_worker() -> None:
     total = 4 * 1024 * 1024
     async with Script(OK + b"content-length: %d\r\n\r\n" % total + b"x" * total).running() as upstream:
-        with await upstream.send("/", (), b"{}") as exchange:
-            connection = exchange.connection
+        async with exchange_with(upstream, "/", b"{}") as connection:
+            connection = connection
             first = await connection.read()
             held = 0
             for _ in range(200):  # everything that would come without a pause comes within these turns of the loop

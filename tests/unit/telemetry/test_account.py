@@ -6,12 +6,14 @@ import asyncio
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
 
 from app.errors import InvalidValue, NoHealthyWorker, QueueTimeout, UpstreamTimeout, WorkerLost
 from app.inference import Band, InferenceRequest, Outcome, Route, TokenUsage
 from app.telemetry.account import Accounts, RequestsLog, Timeline, code_of, outcome_of
-from app.telemetry.metrics import Metrics
+from app.telemetry.metrics import ITL_BUCKETS, Metrics, QuickHistogram
 
 LABELS = {"model": "m", "variant": "v", "band": "default"}
 
@@ -168,3 +170,26 @@ def test_going_on_on_another_worker_is_no_new_beginning(desk: Desk) -> None:
     assert desk.value("upstream_first_byte_seconds_sum", **LABELS) == pytest.approx(0.4)
     assert desk.value("time_to_first_token_seconds_sum", **LABELS) == pytest.approx(1.5)
     assert desk.value("inter_token_latency_seconds_sum", **LABELS) == pytest.approx(3.5)
+
+
+@given(st.lists(st.floats(0, 100) | st.sampled_from(ITL_BUCKETS), max_size=40))
+def test_the_quick_histogram_counts_as_the_library_does(amounts: list[float]) -> None:
+    shown: list[dict[tuple[str, ...], float]] = []
+    for kind in (Histogram, QuickHistogram, QuickHistogram):
+        registry = CollectorRegistry()
+        histogram = kind("h", "text", ["label"], buckets=ITL_BUCKETS, registry=registry).labels("x")
+        if len(shown) == 2:
+            assert isinstance(histogram, QuickHistogram)
+            histogram.observe_all(amounts)
+        else:
+            for amount in amounts:
+                histogram.observe(amount)
+        shown.append(
+            {
+                (s.name, *s.labels.values()): s.value
+                for f in registry.collect()
+                for s in f.samples
+                if not s.name.endswith("_created")
+            }
+        )
+    assert shown[0] == pytest.approx(shown[1]) == shown[2]
