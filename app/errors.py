@@ -12,8 +12,10 @@
         ├── WorkerRefused           4xx the worker's own answer to a bad request, in OpenAI's shape
         ├── ModelNotFound           404 model_not_found
         ├── RouteNotFound           404 not_found
+        ├── ObjectNotFound          404 object_not_found
         ├── MethodNotAllowed        405 method_not_allowed
         ├── RequestTimeout          408 request_timeout
+        ├── Conflict                409 conflict
         ├── RequestTooLarge         413 request_too_large
         ├── UriTooLong              414 uri_too_long
         ├── UnsupportedMediaType    415 unsupported_media_type
@@ -150,6 +152,21 @@ class RouteNotFound(InvalidRequest):
     code = "not_found"
 
 
+class ObjectNotFound(InvalidRequest):
+    """No such file or batch, or it is another tenant's: nobody can tell these apart."""
+
+    status = 404
+    code = "object_not_found"
+
+
+class Conflict(InvalidRequest):
+    """What is asked for does not fit the state of the object."""
+
+    status = 409
+    code = "conflict"
+    should_retry = False
+
+
 class MethodNotAllowed(InvalidRequest):
     status = 405
     code = "method_not_allowed"
@@ -251,7 +268,7 @@ class Draining(Unavailable):
 
 
 class DependencyUnavailable(Unavailable):
-    """Redis is out of reach, and the configuration says to serve nothing without it."""
+    """Something that the request cannot do without is out of reach, or full: Redis, or the storage of batches."""
 
     code = "dependency_unavailable"
 

@@ -261,6 +261,36 @@ class Health(Part):
     kv_usage_max: float = Field(0.95, gt=0, le=1, description="share of the KV cache above which no new work is sent")
 
 
+class Bucket(Part):
+    """Object storage that speaks S3. Credentials come from the environment or the machine's role, as AWS's tools do."""
+
+    name: str
+    prefix: str = Field("", description="of all keys")
+    endpoint: str | None = Field(None, description="of another provider than AWS; http:// only on a trusted network")
+    region: str | None = None
+
+
+class Batches(Part):
+    """Files and the Batch API. Several gateways share them through Redis and the same directory or bucket."""
+
+    enabled: bool = True
+    directory: Path | None = Field(None, description="where files and batches are kept; default: below the user's data")
+    bucket: Bucket | None = Field(None, description="keep them there instead")
+    lines: int = Field(50_000, ge=1, le=1_000_000, description="requests of one batch")
+    file_bytes: int = Field(200 * 1024 * 1024, ge=1)
+    line_bytes: int = Field(1024 * 1024, ge=1)
+    range_lines: int = Field(128, ge=1, le=1000, description="lines that one gateway claims together")
+    range_bytes: int = Field(4 * 1024 * 1024, ge=1, description="no more of the input are claimed together")
+    files_kept_s: int = Field(30 * 86400, ge=60, description="for files without a date of their own")
+    batches_per_tenant: int = Field(100, ge=1, description="that are not finished")
+    lines_in_flight: int = Field(256, ge=1, le=65536, description="of one model, by one gateway process")
+    ttft_target_s: float = Field(1.0, gt=0, description="TTFT of interactive streams above which lines give way")
+    attempts_per_line: int = Field(3, ge=1, le=100, description="dispatches that broke before a line counts as failed")
+    lease_s: float = Field(15, ge=1, le=300, description="a silent gateway's claims end after this")
+    tick_s: float = Field(0.5, gt=0, le=60, description="between two looks at what is to do")
+    commit_interval_s: float = Field(0.25, ge=0, le=60, description="longest time that a finished line is not stored")
+
+
 class Logs(Part):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
@@ -289,6 +319,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     parameters: Parameters = Parameters()
     health: Health = Health()
+    batches: Batches = Batches()
     logs: Logs = Logs()
     drain_timeout_s: float = Field(30, ge=0, le=3600, description="after SIGTERM: time for open requests to finish")
 
