@@ -13,6 +13,8 @@ import msgspec
 from app import parameters, strict_json
 from app.errors import InvalidValue, ModelNotFound, UnsupportedParameter
 from app.settings import Parameters
+from app.tenant import ANONYMOUS, Tenant
+from app.tenant import Band as Band  # as much a noun of requests
 
 
 class Route(StrEnum):
@@ -27,15 +29,6 @@ class Route(StrEnum):
     DETOKENIZE = "/detokenize"
     RERANK = "/v1/rerank"
     SCORE = "/v1/score"
-
-
-class Band(StrEnum):
-    """Priority class, highest first."""
-
-    PRIORITY = "priority"
-    DEFAULT = "default"
-    FLEX = "flex"
-    BATCH = "batch"
 
 
 class Outcome(StrEnum):
@@ -126,8 +119,7 @@ class InferenceRequest:
     arrived: float
     resolved_model: str = ""
     max_tokens: int | None = None
-    tenant: str = ""
-    weight: float = 1.0
+    tenant: Tenant = ANONYMOUS
     deadline: float = float("inf")
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()

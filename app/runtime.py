@@ -14,13 +14,14 @@ from app.admission.roster import QueuedAdmission
 from app.admission.ticket import Admission
 from app.catalogue import Catalogue
 from app.gateway import Gateway
-from app.inference import Band
 from app.relay.relay import Relay
 from app.routing.router import Router
 from app.settings import Health, Settings
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_log
 from app.telemetry.metrics import Metrics, open_metrics
+from app.tenancy.tenants import Tenants
+from app.tenant import Band
 from app.workers.capacity import open_slots
 from app.workers.monitor import Monitor
 from app.workers.registry import Registry
@@ -37,6 +38,7 @@ class Runtime:
     catalogue: Catalogue
     registry: Registry
     gateway: Gateway
+    tenants: Tenants
     admission: QueuedAdmission
     gauges: Gauges
     metrics: Metrics
@@ -64,7 +66,10 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
-    runtime = Runtime(settings, catalogue, registry, gateway, admission, gauges, metrics, log, started=time.time())
+    tenants = Tenants(settings.tenants, settings.default_tenant)
+    runtime = Runtime(
+        settings, catalogue, registry, gateway, tenants, admission, gauges, metrics, log, started=time.time()
+    )
     try:
         async with admission.running(), monitor.running(), gauges.refreshed():
             yield runtime

@@ -20,6 +20,7 @@ from app.errors import ConfigurationError
 
 CONFIG_FILE_MAX_BYTES = 4 * 1024 * 1024
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
+TENANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 VARIANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
 
 
@@ -59,6 +60,47 @@ class Auth(Part):
     """API keys."""
 
     enabled: bool = False
+
+
+class TenantLimits(Part):
+    """What a tenant may use, over all replicas; left out, there is no limit."""
+
+    requests_per_min: int | None = Field(None, ge=1)
+    tokens_per_min: int | None = Field(None, ge=1, description="input and output together")
+    input_tokens_per_min: int | None = Field(None, ge=1)
+    output_tokens_per_min: int | None = Field(None, ge=1)
+    tokens_per_day: int | None = Field(None, ge=1, description="input and output together")
+    concurrent: int | None = Field(None, ge=1, description="requests that wait or run at once")
+
+
+class TenantTerms(Part):
+    """What a tenant gets."""
+
+    weight: float = Field(1, gt=0, le=1_000_000, description="its share beside other tenants'")
+    ceiling: BandName = Field("priority", description="the highest band it gets, whatever `service_tier` asks for")
+    models: frozenset[str] | None = Field(
+        None, description="models (`m`) and variants (`m:v`) that it may use; left out: all"
+    )
+    limits: TenantLimits = TenantLimits()
+    max_tokens: int | None = Field(None, ge=1, description="the most that one request may ask for")
+    engine_fields: bool = Field(False, description="pass fields on that steer the engine itself")
+    resume: bool | None = Field(
+        None, description="go on with a broken stream on another worker; left out: as its model says"
+    )
+    degrade: bool = Field(False, description="may be served by a lesser variant under pressure")
+
+
+class Tenant(TenantTerms):
+    """Who pays."""
+
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def _is_tenant_name(cls, name: str) -> str:
+        if not TENANT_NAME.match(name):
+            raise ValueError("a tenant's name has letters, digits and . _ - only, 64 at most")
+        return name
 
 
 class Worker(Part):
@@ -147,7 +189,6 @@ class Admission(Part):
     trust_tenant_header: bool = Field(
         False, description="take the tenant from `x-sluice-tenant`; only behind a proxy that sets it"
     )
-    weights: dict[str, PositiveFloat] = Field(default_factory=dict, description="tenant to its fair share, default 1")
 
     def max_wait_s(self, band: str) -> float:
         return dict[str, float](**self.queue_timeout_by_band_s).get(band, self.queue_timeout_s)
@@ -313,6 +354,8 @@ class Settings(BaseSettings):
     redis: Redis | None = None
     auth: Auth = Auth()
     models: tuple[Model, ...] = ()
+    tenants: tuple[Tenant, ...] = ()
+    default_tenant: TenantTerms = Field(TenantTerms(), description="the terms of all whom `tenants` does not name")
     admission: Admission = Admission()
     routing: Routing = Routing()
     relay: Relay = Relay()
@@ -343,6 +386,8 @@ class Settings(BaseSettings):
         urls = [worker.url for model in self.models for variant in model.variants for worker in variant.workers]
         if len(set(urls)) != len(urls):
             raise ValueError("a worker's url is listed twice")
+        if len({tenant.name for tenant in self.tenants}) != len(self.tenants):
+            raise ValueError("a tenant is listed twice")
         if self.auth.enabled:
             raise ValueError("auth.enabled: this release has no API keys; bind to loopback or put a proxy in front")
         return self

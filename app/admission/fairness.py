@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from app.inference import Band
+from app.tenant import Band
 
 # Tickets that held a slot already stand before all bands: their request has waited its turn once.
 MOVED = 0

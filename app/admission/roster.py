@@ -82,8 +82,8 @@ class QueuedLease:
             band=self.band,
             route=route,
             candidates=ticket.candidates,
-            tenant=ticket.tenant,
-            weight=ticket.weight,
+            tenant=ticket.tenant.name,
+            weight=ticket.tenant.weight,
             cost=self.tokens,
             patience_us=int(min(max(0.0, self.deadline - now) * US, FOREVER_US)),
             waited_us=int(waited_s * US),
@@ -92,7 +92,8 @@ class QueuedLease:
 
     def debt(self, tokens: float) -> Debt:
         """Its tenant pays for `tokens` more than were estimated."""
-        return Debt(RANK[self.ticket.band], self.ticket.tenant, tokens / self.ticket.weight)
+        tenant = self.ticket.tenant
+        return Debt(RANK[self.ticket.band], tenant.name, tokens / tenant.weight)
 
     async def move(self, candidates: tuple[str, ...]) -> None:
         await self._admission.move(self, candidates)

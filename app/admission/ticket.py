@@ -7,8 +7,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from app.inference import Band, InferenceRequest, TokenUsage
-
-ANONYMOUS = "anonymous"
+from app.tenant import ANONYMOUS, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +23,7 @@ class Ticket:
     band: Band
     candidates: tuple[str, ...]
     model: str = ""
-    tenant: str = ANONYMOUS
-    weight: float = 1.0
+    tenant: Tenant = ANONYMOUS
     prompt_bytes: int = 0
     max_tokens: int | None = None
     deadline: float = float("inf")
@@ -37,8 +35,7 @@ class Ticket:
             band=request.band,
             candidates=candidates,
             model=request.resolved_model,
-            tenant=request.tenant or ANONYMOUS,
-            weight=request.weight,
+            tenant=request.tenant,
             prompt_bytes=request.prompt_bytes,
             max_tokens=request.max_tokens,
             deadline=request.deadline,

@@ -15,8 +15,8 @@ from app.api.responses import send_reply
 from app.errors import InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
 from app.runtime import Runtime
-from app.settings import Admission, Settings
 from app.telemetry.account import UNRESOLVED
+from app.tenancy.tenants import Tenants
 
 TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[ -~]{0,128})?")
 TRACE_STATE = re.compile(rb"[ -~]{1,512}")
@@ -24,11 +24,14 @@ TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
 TENANT_HEADER = b"x-sluice-tenant"
-TENANT = re.compile(rb"[\x21-\x7e]{1,128}")
+TENANT = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]], settings: Admission) -> None:
-    """What the headers say about a request: whose it is, until when, of which trace. Raises InvalidValue."""
+def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]], tenants: Tenants | None) -> None:
+    """What the headers say about a request: until when, of which trace, and, with `tenants`, whose it is.
+
+    Raises InvalidValue.
+    """
     traces = []
     for name, value in headers:
         if name in TRACE_HEADERS:
@@ -38,9 +41,8 @@ def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes
             request.deadline = min(request.deadline, request.arrived + _milliseconds(value) / 1000)
         elif name == CLIENT_TIMEOUT_HEADER:
             request.deadline = min(request.deadline, request.arrived + _patience_s(value))
-        elif name == TENANT_HEADER and settings.trust_tenant_header:
-            request.tenant = _tenant(value)
-            request.weight = settings.weights.get(request.tenant, 1.0)
+        elif name == TENANT_HEADER and tenants is not None:
+            request.tenant = tenants.get(_tenant(value))
     request.trace_headers = tuple(traces)
 
 
@@ -61,7 +63,7 @@ def _patience_s(value: bytes) -> float:
 
 def _tenant(value: bytes) -> str:
     if not TENANT.fullmatch(value):
-        raise InvalidValue("The header x-sluice-tenant is expected to be 1 to 128 visible characters.")
+        raise InvalidValue("The header x-sluice-tenant is expected to be a tenant's name.")
     return value.decode()
 
 
@@ -75,7 +77,7 @@ class InferenceRoutes:
         runtime: Runtime = scope["state"]["runtime"]
         try:
             body = await read_body(scope, receive, runtime.settings.limits)
-            request = self._request(scope, body, arrived, runtime.settings)
+            request = self._request(scope, body, arrived, runtime)
         except InvalidRequest as error:
             took_s = time.monotonic() - arrived
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
@@ -85,7 +87,8 @@ class InferenceRoutes:
             with await runtime.gateway.serve(request) as reply:
                 await send_reply(reply, send, client)
 
-    def _request(self, scope: Scope, body: bytes, arrived: float, settings: Settings) -> InferenceRequest:
+    def _request(self, scope: Scope, body: bytes, arrived: float, runtime: Runtime) -> InferenceRequest:
+        settings = runtime.settings
         request = InferenceRequest.parse(
             body,
             request_id=scope["request_id"],
@@ -93,5 +96,6 @@ class InferenceRoutes:
             arrived=arrived,
             limits=settings.parameters,
         )
-        read_headers(request, scope["headers"], settings.admission)
+        request.tenant = runtime.tenants.anonymous
+        read_headers(request, scope["headers"], runtime.tenants if settings.admission.trust_tenant_header else None)
         return request

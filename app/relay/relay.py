@@ -36,8 +36,6 @@ LEFT_PAUSE_S = 0.25
 MOST_CASUALTIES = 1024
 DYING_S = 10.0
 """How long after its connection was lost a request is a suspect, when its worker then turns out to be dead."""
-ANONYMOUS = "anonymous"
-"""Whose requests those without a tenant are."""
 
 
 class Slot(Protocol):
@@ -77,18 +75,23 @@ class Relay:
             return candidates
         self._refuse_quarantined(request)
         # Requests without a tenant are everybody's: one sender of deadly ones must not confine them all.
-        if request.tenant and self._quarantine.confines(request.tenant, self._clock()):
-            return (cell_of(request.tenant, candidates),)
+        tenant = request.tenant
+        if not tenant.is_anonymous and self._quarantine.confines(tenant.name, self._clock()):
+            return (cell_of(tenant.name, candidates),)
         return candidates
 
     async def open(
         self, request: InferenceRequest, slot: Slot, candidates: tuple[str, ...], account: Account
     ) -> Answer:
         """The answer to `request`: see `attempt`, and `resumption` for streams of models that go on elsewhere."""
-        if not request.stream or not self._registry[slot.worker_id].variant.resumes:
+        if not request.stream or not self._resumes(request, slot):
             return await self.attempt(request, slot, candidates, account)
         carriers = _Carriers(self, self._registry, slot, candidates, account, request)
         return await open_resumable(request, carriers, self._limits, account, self._metrics, self._clock)
+
+    def _resumes(self, request: InferenceRequest, slot: Slot) -> bool:
+        wanted = request.tenant.resume
+        return self._registry[slot.worker_id].variant.resumes if wanted is None else wanted
 
     async def attempt(
         self,
@@ -291,12 +294,8 @@ class _Attempt:
         self._relay.left(self)
 
 
-def _tenant_of(request: InferenceRequest) -> str:
-    return request.tenant or ANONYMOUS
-
-
 def _fingerprint(request: InferenceRequest) -> Fingerprint:
-    return Fingerprint.of(_tenant_of(request), request.fields)
+    return Fingerprint.of(request.tenant.name, request.fields)
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from app.errors import GatewayError
 from app.gateway import Gateway
 from app.inference import Band, InferenceRequest, Outcome, Route
 from app.runtime import Runtime, open_runtime
+from app.tenant import ANONYMOUS, Tenant
 from app.workers.worker import State, Worker
 
 # Limits that a test can reach; those that it must not meet keep their defaults.
@@ -67,7 +68,7 @@ def request(content: str = "hi", *, stream: bool = False, tenant: str = "", **fi
     body = {"model": "m", "messages": [{"role": "user", "content": content}], "stream": stream, **fields}
     raw = json.dumps(body).encode()
     parsed = InferenceRequest.parse(raw, request_id="r", route=Route.CHAT, arrived=time.monotonic())
-    parsed.tenant = tenant
+    parsed.tenant = Tenant(tenant) if tenant else ANONYMOUS
     return parsed
 
 

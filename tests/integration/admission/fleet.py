@@ -18,12 +18,13 @@ from app.admission.ticket import Ticket
 from app.inference import Band
 from app.telemetry.logs import open_log
 from app.telemetry.metrics import Metrics
+from app.tenant import Tenant
 
 PREFIX = "{sluice}:1:"
 
 
 def ticket(*candidates: str, band: Band = Band.DEFAULT, tenant: str = "t", deadline: float = float("inf")) -> Ticket:
-    return Ticket("r", band, candidates or ("w",), model="m", tenant=tenant, deadline=deadline)
+    return Ticket("r", band, candidates or ("w",), model="m", tenant=Tenant(tenant), deadline=deadline)
 
 
 @asynccontextmanager

@@ -1,0 +1,1 @@
+"""Who is asking: tenants, their keys, and what the two may."""
