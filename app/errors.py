@@ -8,6 +8,7 @@
         ├── InvalidJson             400 invalid_json
         ├── InvalidValue            400 invalid_value
         ├── UnsupportedParameter    400 unsupported_parameter
+        ├── IdempotencyMismatch     400 idempotency_mismatch
         ├── ContextLengthExceeded   400 context_length_exceeded
         ├── WorkerRefused           4xx the worker's own answer to a bad request, in OpenAI's shape
         ├── ModelNotFound           404 model_not_found
@@ -127,6 +128,12 @@ class InvalidValue(InvalidRequest):
 
 class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
+
+
+class IdempotencyMismatch(InvalidRequest):
+    """The same Idempotency-Key came with another request before."""
+
+    code = "idempotency_mismatch"
 
 
 class ContextLengthExceeded(InvalidRequest):

@@ -314,8 +314,7 @@ class Bucket(Part):
 class Batches(Part):
     """Files and the Batch API. Several gateways share them through Redis and the same directory or bucket."""
 
-    enabled: bool = True
-    directory: Path | None = Field(None, description="where files and batches are kept; default: below the user's data")
+    directory: Path | None = Field(None, description="where they are kept; without it and a bucket there are none")
     bucket: Bucket | None = Field(None, description="keep them there instead")
     lines: int = Field(50_000, ge=1, le=1_000_000, description="requests of one batch")
     file_bytes: int = Field(200 * 1024 * 1024, ge=1)
@@ -386,6 +385,9 @@ class Settings(BaseSettings):
         urls = [worker.url for model in self.models for variant in model.variants for worker in variant.workers]
         if len(set(urls)) != len(urls):
             raise ValueError("a worker's url is listed twice")
+        keeps_batches = self.batches.directory is not None or self.batches.bucket is not None
+        if keeps_batches and self.redis is None and self.listen.processes > 1:
+            raise ValueError("batches: several processes need redis to share the work")
         if len({tenant.name for tenant in self.tenants}) != len(self.tenants):
             raise ValueError("a tenant is listed twice")
         if self.auth.enabled:

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from app.api import admin, health, models
+from app.api import admin, batches, files, health, models
 from app.api.inference import InferenceRoutes
 from app.api.middleware import Dispatch, Errors, RequestIds
 from app.api.openapi import document
@@ -44,6 +44,8 @@ def create_app(settings: Settings) -> ASGIApp:
         redirect_slashes=False,
     )
     api.include_router(models.routes)
+    api.include_router(files.routes)
+    api.include_router(batches.routes)
     api.include_router(health.routes)
     api.include_router(admin.routes)
     api.add_exception_handler(HTTPException, _http_exception)

@@ -42,7 +42,7 @@ def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes
         elif name == CLIENT_TIMEOUT_HEADER:
             request.deadline = min(request.deadline, request.arrived + _patience_s(value))
         elif name == TENANT_HEADER and tenants is not None:
-            request.tenant = tenants.get(_tenant(value))
+            request.tenant = tenants.get(tenant_named(value))
     request.trace_headers = tuple(traces)
 
 
@@ -61,7 +61,7 @@ def _patience_s(value: bytes) -> float:
     return seconds if seconds > 0 else inf
 
 
-def _tenant(value: bytes) -> str:
+def tenant_named(value: bytes) -> str:
     if not TENANT.fullmatch(value):
         raise InvalidValue("The header x-sluice-tenant is expected to be a tenant's name.")
     return value.decode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -18,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, Protocol, TypeVar
 
+from app import settings
 from app.errors import ConfigurationError, DependencyUnavailable
 
 CHUNK_BYTES = 256 * 1024
@@ -73,16 +75,31 @@ class Directory:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._unfinished = root / "unfinished"
+        self._lock: BinaryIO | None = None
 
-    def open(self) -> None:
-        """Make the directory, and take away what crashes left. Raises ConfigurationError."""
+    def open(self, *, is_alone: bool = False) -> None:
+        """Make the directory, and take away what crashes left. Raises ConfigurationError.
+
+        Who `is_alone` locks it, for as long as the process lives.
+        """
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if is_alone:
+                self._lock = (self._root / "lock").open("ab")
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in self._unfinished.iterdir():
                 if time.time() - path.stat().st_mtime > ABANDONED_S:
                     path.unlink(missing_ok=True)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"batches.directory: {self._root}: another gateway uses it; several need redis to share it"
+            ) from None
         except OSError as error:
             raise ConfigurationError(f"batches.directory: {self._root}: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     async def create(self, key: str, data: bytes) -> bool:
         return await _off_loop(self._create, self._path(key), data)
@@ -153,6 +170,22 @@ class Directory:
         _sync(path.parent)
 
 
+def open_storage(limits: settings.Batches, *, is_alone: bool) -> Storage | None:
+    """The storage that is configured, if any. Raises ConfigurationError.
+
+    Who `is_alone` shares it with nobody: without Redis two gateways would do all the work twice.
+    """
+    if limits.bucket is not None:
+        from app.batches.bucket import Bucket  # the largest of all libraries, loaded where it is used
+
+        return Bucket(limits.bucket)
+    if limits.directory is None:
+        return None
+    directory = Directory(limits.directory)
+    directory.open(is_alone=is_alone)
+    return directory
+
+
 async def _off_loop(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     return await told(asyncio.to_thread(work, *arguments, **named))
 
@@ -205,8 +238,6 @@ def _names(path: Path) -> list[str]:
 
 def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
-    with suppress(OSError):
-        path.parent.rmdir()
 
 
 def _clear(path: Path) -> None:
