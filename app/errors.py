@@ -32,6 +32,7 @@
         ├── NoHealthyWorker         503 no_healthy_worker
         ├── Draining                503 draining
         ├── DependencyUnavailable   503 dependency_unavailable
+        ├── StorageUnavailable      503 storage_unavailable
         ├── UpstreamTimeout         504 upstream_timeout
         └── UpstreamStalled         504 upstream_stalled
 
@@ -275,9 +276,19 @@ class Draining(Unavailable):
 
 
 class DependencyUnavailable(Unavailable):
-    """Something that the request cannot do without is out of reach, or full: Redis, or the storage of batches."""
+    """Redis is out of reach, and the request cannot do without, or the configuration says that none can."""
 
     code = "dependency_unavailable"
+
+
+class StorageUnavailable(Unavailable):
+    """The storage of files and batches is full or out of reach: nothing is half written. `reason` is for the log."""
+
+    code = "storage_unavailable"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("The storage of files cannot take or give anything now.", retry_after_s=10)
+        self.reason = reason
 
 
 class UpstreamTimeout(GatewayError):

@@ -18,8 +18,8 @@ from app.api.client import ClientGone, ClientWatch
 from app.api.dependencies import BatchesOf, RuntimeOf, TenantOf
 from app.api.protocol import connection_of
 from app.batches.files import FileRecord
-from app.batches.storage import CHUNK_BYTES, Missing, StorageUnavailable
-from app.errors import InvalidValue, ObjectNotFound, RequestTooLarge, UnsupportedMediaType
+from app.batches.storage import CHUNK_BYTES, Missing
+from app.errors import InvalidValue, ObjectNotFound, RequestTooLarge, StorageUnavailable, UnsupportedMediaType
 from app.settings import Batches as Limits
 
 routes = APIRouter(prefix="/v1/files", tags=["batches"])

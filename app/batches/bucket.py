@@ -14,7 +14,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import S3Store
 
 from app import settings
-from app.batches.storage import CHUNK_BYTES, Missing, StorageUnavailable, told
+from app.batches.storage import CHUNK_BYTES, Missing, told
+from app.errors import StorageUnavailable
 
 SPOOL_BYTES = 1024 * 1024
 TIMEOUT_S = 30

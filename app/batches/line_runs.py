@@ -7,18 +7,19 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from math import ceil
 
 from app.batches.batch import Batch
 from app.batches.journal import Journal, RangeLog, Sealed
 from app.batches.lines import Line, Record, answered, refused
 from app.batches.slack import Seen, Slack
-from app.batches.storage import StorageUnavailable
 from app.errors import (
     GatewayError,
     InternalError,
     InvalidRequest,
     InvalidValue,
     RequestQuarantined,
+    StorageUnavailable,
     Unavailable,
     UnsupportedParameter,
     WorkerLost,
@@ -35,6 +36,8 @@ from app.tenant import Tenant
 REST_MAX_S = 10.0
 COMMIT_BYTES = 1024 * 1024
 STORAGE_REST_S = 1.0
+PACE_S = 0.2
+AHEAD_S = 1.0
 
 
 class Gate:
@@ -43,6 +46,7 @@ class Gate:
     def __init__(self) -> None:
         self.slack = Slack()
         self.inside = 0
+        self.passed_ever = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @property
@@ -64,6 +68,7 @@ class Gate:
                 raise
         else:
             self.inside += 1
+        self.passed_ever += 1
         try:
             yield
         finally:
@@ -83,6 +88,21 @@ class Gate:
             if not turn.done():
                 self.inside += 1
                 turn.set_result(None)
+
+
+class Pace:
+    """How fast lines pass a gate, from looks at how many have: the mean of the latest second or so."""
+
+    def __init__(self) -> None:
+        self.per_s = 0.0
+        self._passed = 0
+        self._at = 0.0
+
+    def look(self, passed: int, now: float) -> None:
+        elapsed_s = now - self._at
+        if elapsed_s >= PACE_S:
+            self.per_s += min(1.0, elapsed_s) * ((passed - self._passed) / elapsed_s - self.per_s)
+            self._passed, self._at = passed, now
 
 
 Look = Callable[[str], Awaitable[Seen]]
@@ -114,6 +134,7 @@ class LineRuns:
         self._log = log
         self._clock = clock
         self._gates: dict[str, Gate] = {}
+        self._paces: dict[str, Pace] = {}
         self._runs: set[RangeRun] = set()
 
     @property
@@ -129,18 +150,21 @@ class LineRuns:
             name for name, gate in self._gates.items() if not (name in wanted or gate.inside or gate.waiting)
         ]:
             del self._gates[model]
+            self._paces.pop(model, None)
 
     async def look(self) -> None:
         """Let as many lines pass as there is slack for now."""
         for model, gate in list(self._gates.items()):
             seen = await self._look(model)
             most, target_s = self.limits.lines_in_flight, self.limits.ttft_target_s
+            self._paces.setdefault(model, Pace()).look(gate.passed_ever, self._clock())
             gate.set(gate.slack.look(seen, gate.inside, most=most, ttft_target_s=target_s))
 
     def room(self, model: str) -> int:
-        """How many more lines could be sent than there are at hand."""
+        """How many more lines are wanted at hand, so that none of those in flight is missed until the next looks."""
         at_hand = sum(run.left for run in self._runs if run.batch.model == model)
-        return self._gates[model].slack.limit - at_hand
+        limit = self._gates[model].slack.limit
+        return limit + ceil(self._paces[model].per_s * AHEAD_S) - at_hand if limit else 0
 
     def range(self, batch: Batch, index: int, is_held: Callable[[], bool]) -> RangeRun:
         run = RangeRun(self, batch, index, is_held, self._gates[batch.model])

@@ -19,8 +19,8 @@ from app.batches.files import FileRecord, Files, made_at, new_id
 from app.batches.journal import Journal, Overtaken, RangeLog, Sealed
 from app.batches.line_runs import LineRuns, RangeRun
 from app.batches.lines import Head, Inspection, Line, Record, Sound, not_run, read_lines
-from app.batches.storage import Missing, StorageUnavailable
-from app.errors import ObjectNotFound
+from app.batches.storage import Missing
+from app.errors import ObjectNotFound, StorageUnavailable
 from app.settings import Batches as Limits
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics
@@ -29,6 +29,7 @@ RENEWALS_PER_LEASE = 3
 ORPHAN_S = 60.0
 SWEEP_S = 600.0
 STOP_S = 5.0
+LOOK_PAUSE_S = 0.05
 EXPIRED = "This request could not be executed before the completion window expired."
 
 
@@ -107,6 +108,7 @@ class Runner:
                 self._is_out = True
             except Exception:  # noqa: BLE001 - one bad look must not be the last
                 self._log.exception("batches were not looked at")
+            await asyncio.sleep(LOOK_PAUSE_S)
             timer = asyncio.get_running_loop().call_later(self._limits.tick_s, self._due.set)
             await self._due.wait()
             timer.cancel()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, ParamSpec, Protocol, TypeVar
 
 from app import settings
-from app.errors import ConfigurationError, DependencyUnavailable
+from app.errors import ConfigurationError, StorageUnavailable
 
 CHUNK_BYTES = 256 * 1024
 ABANDONED_S = 24 * 3600.0
@@ -31,14 +31,6 @@ T = TypeVar("T")
 
 class Missing(Exception):
     """There is no such object."""
-
-
-class StorageUnavailable(DependencyUnavailable):
-    """The storage is full or out of reach. Nothing is half written."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__("The storage of files cannot take or give anything now.", retry_after_s=10)
-        self.reason = reason
 
 
 class Storage(Protocol):

@@ -13,7 +13,8 @@ import pytest
 
 from app import settings
 from app.batches.bucket import Bucket
-from app.batches.storage import CHUNK_BYTES, Directory, Missing, Storage, StorageUnavailable
+from app.batches.storage import CHUNK_BYTES, Directory, Missing, Storage
+from app.errors import StorageUnavailable
 from tests.processes import Process, free_port
 
 
