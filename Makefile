@@ -19,10 +19,10 @@ PYTEST := $(BIN)/python -m pytest -q
 TESTED := --prepare-only --variants dense,w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help up install check lint test bench fuzz locks
+.PHONY: help up install check lint test bench fuzz dashboards locks
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 up: install  ## Serve a quantized model on 127.0.0.1:8000 (installs and makes what is missing)
 	@exec $(BIN)/python -m app up $(ARGS)
@@ -56,6 +56,9 @@ fuzz: install  ## Throw much more at the gateway than the tests do (half an hour
 
 bench: install  ## Measure what the gateway costs
 	$(BIN)/python -m loadtest bench $(ARGS)
+
+dashboards: install  ## Write deploy/grafana/dashboards again from their code
+	$(BIN)/python deploy/grafana/build.py
 
 locks: install  ## Write the locks again from pyproject.toml and deploy/locks/*.in
 	$(COMPILE) --generate-hashes pyproject.toml --extra up --group dev -o $(LOCK)

@@ -21,6 +21,7 @@ from app.batches.meter import Meter
 from app.batches.runner import Runner, Shelf
 from app.batches.storage import open_storage
 from app.catalogue import Catalogue
+from app.drain import Drain
 from app.errors import ModelNotFound
 from app.gateway import Gateway
 from app.relay.relay import Relay
@@ -49,6 +50,7 @@ class Runtime:
     gateway: Gateway
     tenants: Tenants
     admission: QueuedAdmission
+    drain: Drain
     gauges: Gauges
     metrics: Metrics
     log: Log
@@ -76,11 +78,12 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
+    drain = Drain(admission.turn_away)
     tenants = Tenants(settings.tenants, settings.default_tenant)
     meter = Meter(catalogue, registry, admission, accounts.ttfts, clock)
-    batches = _batches(settings, gateway, meter, catalogue, tenants, metrics, log)
+    batches = _batches(settings, gateway, meter, catalogue, tenants, drain, metrics, log)
     runtime = Runtime(
-        settings, catalogue, registry, gateway, tenants, admission, gauges, metrics, log, time.time(), batches
+        settings, catalogue, registry, gateway, tenants, admission, drain, gauges, metrics, log, time.time(), batches
     )
     try:
         async with admission.running(), monitor.running(), gauges.refreshed(), _running(batches):
@@ -123,6 +126,7 @@ def _batches(
     meter: Meter,
     catalogue: Catalogue,
     tenants: Tenants,
+    drain: Drain,
     metrics: Metrics,
     log: Log,
 ) -> Batches | None:
@@ -146,7 +150,17 @@ def _batches(
             return False
         return any(tenants.get(tenant).may_use(variant.model, variant.name) for variant in variants)
 
-    runner = Runner(Shelf(files, journal, claims), runs, knows, limits, metrics, log, time.monotonic, time.time)
+    runner = Runner(
+        Shelf(files, journal, claims),
+        runs,
+        knows,
+        lambda: drain.is_quiet,
+        limits,
+        metrics,
+        log,
+        time.monotonic,
+        time.time,
+    )
     return Batches(files, journal, claims, runner, limits, time.time)
 
 

@@ -363,6 +363,10 @@ class Settings(BaseSettings):
     health: Health = Health()
     batches: Batches = Batches()
     logs: Logs = Logs()
+    drain_notice_s: float = Field(
+        5, ge=0, le=600, description="after SIGTERM: unready, but still accepting, until load balancers have noticed"
+    )
+    drain_queue_s: float = Field(20, ge=0, le=3600, description="after SIGTERM: time for those who wait to get a slot")
     drain_timeout_s: float = Field(30, ge=0, le=3600, description="after SIGTERM: time for open requests to finish")
 
     @classmethod

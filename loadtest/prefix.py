@@ -237,6 +237,7 @@ async def _gateway(
         "listen": {"host": address.host, "port": address.port},
         "models": [{"name": MODEL, "variants": [{"name": VARIANT, "workers": listed}]}],
         "routing": {"policy": policy},
+        "drain_notice_s": 0,
     }
     file = directory / f"{policy}.yaml"
     file.write_text(yaml.safe_dump(config))

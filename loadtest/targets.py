@@ -72,7 +72,7 @@ def sluice() -> Target:
         worker = {"url": site.worker.url, "served_model": "m", "max_concurrency": 4096}
         variant = {"name": "dense", "workers": [worker]}
         listen = {"host": site.address.host, "port": site.address.port, "processes": 1}
-        config = {"listen": listen, "models": [{"name": "m", "variants": [variant]}]}
+        config = {"listen": listen, "drain_notice_s": 0, "models": [{"name": "m", "variants": [variant]}]}
         file = _written(site.directory / "gateway.yaml", yaml.safe_dump(config))
         return [sys.executable, "-m", "app", "gateway", "--config", file]
 

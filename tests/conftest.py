@@ -24,6 +24,7 @@ SLOW = (
     "tests/integration/admission/test_equivalence.py",
     "tests/integration/admission/test_invariants.py",
     "tests/hostile/test_openapi_fuzz.py",
+    "tests/monitoring/test_series.py",
 )
 """What `make check` leaves to `make test`: faults that take their time, long property runs, whole starts."""
 

@@ -206,11 +206,19 @@ class Roster:
         """Those who wait, in order of arrival."""
         return sorted(self.waiting.values(), key=lambda lease: lease.since)
 
+    def turn_away(self, error: GatewayError) -> None:
+        """Nobody waits on."""
+        for lease in list(self.waiting.values()):
+            self._end_wait(lease, error)
+
     def _expire(self, lease: QueuedLease) -> None:
         lease.timer = None
+        self._end_wait(lease, _expiry(lease))
+
+    def _end_wait(self, lease: QueuedLease, error: GatewayError) -> None:
         if lease.granted is not None and not lease.granted.done():
             # It stays on the roster: who waits for it leaves it, and the desk hears of that.
-            lease.granted.set_exception(_expiry(lease))
+            lease.granted.set_exception(error)
 
     def _finish(self, lease: QueuedLease, error: GatewayError | None) -> None:
         if lease.timer is not None:
@@ -248,6 +256,7 @@ class QueuedAdmission:
         self.desk = desk
         self.slots: dict[str, int] = {}
         self.served: set[str] = set()
+        self._closed: GatewayError | None = None
 
     async def overview(self) -> Overview:
         """All that waits, wherever it arrived. Raises DependencyUnavailable."""
@@ -274,6 +283,11 @@ class QueuedAdmission:
     def share(self, slots: int) -> int:
         """What the desk of the moment may grant of a worker's slots."""
         return slots
+
+    def turn_away(self, error: GatewayError) -> None:
+        """Let nobody wait any more: who does is refused with `error`, and so is who comes later."""
+        self._closed = error
+        self.roster.turn_away(error)
 
     async def admit(self, ticket: Ticket) -> QueuedLease:
         cost = self._costs.of(ticket.model).estimate(ticket.prompt_bytes, ticket.max_tokens)
@@ -303,6 +317,8 @@ class QueuedAdmission:
 
     async def _stand(self, lease: QueuedLease) -> None:
         limits, ticket = self._limits, lease.ticket
+        if self._closed is not None:
+            raise self._closed
         lease.is_unserved = self.served.isdisjoint(ticket.candidates)
         # A lease that moves waits on: its patience is for all of its waits together.
         patience_s = max(0.0, self._max_wait_s[ticket.band] - lease.waited_s)

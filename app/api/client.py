@@ -9,7 +9,8 @@ from typing import Protocol, Self
 
 from starlette.types import Receive, Scope
 
-from app.errors import RequestTooLarge, UnsupportedMediaType
+from app.drain import Drain
+from app.errors import Draining, RequestTooLarge, UnsupportedMediaType
 from app.settings import Limits
 
 
@@ -71,15 +72,17 @@ class ClientWatch:
     """Cancels the block when the client leaves, or reads nothing for too long, and then raises ClientGone.
 
     At every stage: while the request waits in the queue, while the worker thinks, for answers that stream and for
-    answers that don't. A client that does not read is disconnected.
+    answers that don't. A client that does not read is disconnected. When the gateway stops before the block has ended,
+    it is cancelled too, and raises Draining. The cancellation's message is the code of what is raised.
     """
 
-    __slots__ = ("_cancelled", "_connection", "_stall_s", "_task", "_timer")
+    __slots__ = ("_connection", "_drain", "_reason", "_stall_s", "_task", "_timer")
 
-    def __init__(self, connection: Connection, stall_s: float) -> None:
+    def __init__(self, connection: Connection, stall_s: float, drain: Drain) -> None:
         self._connection = connection
         self._stall_s = stall_s
-        self._cancelled = False
+        self._drain = drain
+        self._reason: Exception | None = None
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()
@@ -87,17 +90,19 @@ class ClientWatch:
         self._task = task
         self._timer = task.get_loop().call_later(self._stall_s, self._check_stall)
         self._connection.on_disconnect = self._leave
+        self._drain.opened(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._drain.closed(self)
         self._connection.on_disconnect = None
         self._timer.cancel()
-        if self._cancelled:
+        if self._reason is not None:
             self._task.uncancel()
             if isinstance(error, asyncio.CancelledError):
-                raise ClientGone from None
+                raise self._reason from None
 
     def _check_stall(self) -> None:
         loop = self._task.get_loop()
@@ -107,7 +112,13 @@ class ClientWatch:
         else:
             self._timer = loop.call_later(self._stall_s / 2, self._check_stall)
 
+    def cut(self, error: Draining) -> None:
+        """See `drain.Cuttable`."""
+        if self._reason is None:
+            self._reason = error
+            self._task.cancel(error.code)
+
     def _leave(self) -> None:
-        if not self._cancelled:
-            self._cancelled = True
+        if self._reason is None:
+            self._reason = ClientGone()
             self._task.cancel()

@@ -30,10 +30,9 @@ async def ready(runtime: RuntimeOf, request: Request) -> Response:
         }
         for worker in runtime.registry
     }
-    is_ready = runtime.registry.any_ready
-    return JSONResponse(
-        {"status": "ready" if is_ready else "not ready", "workers": workers}, status_code=200 if is_ready else 503
-    )
+    is_ready = runtime.registry.any_ready and not runtime.drain.is_quiet
+    status = "draining" if runtime.drain.is_quiet else "ready" if is_ready else "not ready"
+    return JSONResponse({"status": status, "workers": workers}, status_code=200 if is_ready else 503)
 
 
 @routes.get("/metrics", summary="All series, in Prometheus' text format", response_class=Response)

@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
-from app.api.responses import send_reply
-from app.errors import InvalidRequest, InvalidValue
+from app.api.responses import end_stream, send_reply
+from app.errors import Draining, InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
 from app.runtime import Runtime
 from app.telemetry.account import UNRESOLVED
@@ -83,9 +83,13 @@ class InferenceRoutes:
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
             raise
         client = connection_of(scope)
-        with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s):
-            with await runtime.gateway.serve(request) as reply:
-                await send_reply(reply, send, client)
+        try:
+            with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s, runtime.drain):
+                with await runtime.gateway.serve(request) as reply:
+                    await send_reply(reply, send, client)
+        except Draining as error:
+            end_stream(error, request.route, scope, client)
+            raise
 
     def _request(self, scope: Scope, body: bytes, arrived: float, runtime: Runtime) -> InferenceRequest:
         settings = runtime.settings

@@ -87,6 +87,12 @@ class ClientConnection(HttpToolsProtocol):
         if callback is not None:
             callback()
 
+    def quiet(self) -> None:
+        """The answer to the latest request, and any later one, is the connection's last. An idle one stays."""
+        self._keeps_alive = False
+        if not self._is_answered:
+            self.cycle.keep_alive = False
+
     def shutdown(self) -> None:
         self._keeps_alive = False
         super().shutdown()

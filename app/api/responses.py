@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from starlette.types import Send
+from starlette.types import Scope, Send
 
-from app.api.protocol import ClientConnection
+from app.api.protocol import ClientConnection, response_of
+from app.errors import GatewayError
 from app.gateway import Reply
+from app.inference import Route
+from app.relay.dialect import dialect_of
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -38,3 +41,9 @@ async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None
     await answer.pour(client)
     if answer.is_whole:
         await send({"type": "http.response.body", "body": b""})
+
+
+def end_stream(error: GatewayError, route: Route, scope: Scope, client: ClientConnection) -> None:
+    """The last event of a stream that the gateway has to break off; nothing where no answer has begun."""
+    if response_of(scope).has_begun:
+        client.write(dialect_of(route).error_event(error))

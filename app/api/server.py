@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
+import signal
 import socket
 import tempfile
+import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
-from uvicorn.supervisors import Multiprocess
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from app.api.app import create_app
 from app.api.protocol import ClientConnection
 from app.catalogue import Catalogue
+from app.drain import Drain
 from app.errors import LaunchError
 from app.settings import Settings
 
@@ -22,28 +28,142 @@ KEEP_ALIVE_S = 75  # longer than any usual load balancer's, so that it is never 
 # A process that is still importing answers no health check; with uvicorn's 5 s a busy machine kills every process
 # while it starts, again and again.
 START_TIMEOUT_S = 60
+CUT_S = 1.0  # for the last words of what is cut
+LOOK_S = 0.05
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Server(uvicorn.Server):
-    """One process. A stop that was asked for is a good end, exit code 0, and asking twice is asking for it now.
+    """One process, and its end in steps: see `drain`. A stop that was asked for is a good end, exit code 0.
 
-    uvicorn's own server would raise the signal again once it has stopped, and so die of it.
+    Who asks at a terminal need not wait until a load balancer has noticed, and asking twice is asking for it now: in
+    the same order, without the waiting. uvicorn's own server would drop what it holds then, and die of the first
+    signal once it has stopped.
     """
 
+    _is_asked_twice = False
+    _is_at_terminal = False
+
+    def __init__(self, config: uvicorn.Config, settings: Settings, *, ignores: int | None = None) -> None:
+        super().__init__(config)
+        self._settings = settings
+        self._ignores = ignores
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit
+        if sig == self._ignores:
+            return
+        self._is_asked_twice = self.should_exit
+        self._is_at_terminal = sig == signal.SIGINT
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, within `drain_timeout_s` and CUT_S, and close the application."""
+        drain: Drain = self.lifespan.state["runtime"].drain
+        began = time.monotonic()
+        self._be_quiet(drain)
+        if not self._is_at_terminal:
+            await self._wait(lambda: time.monotonic() >= began + self._settings.drain_notice_s)
+        self._close_listeners(sockets or [])
+        await self._finish(began + min(self._settings.drain_queue_s, self._settings.drain_timeout_s))
+        drain.turn_away()
+        await self._finish(began + self._settings.drain_timeout_s)
+        drain.cut()
+        await self._finish(time.monotonic() + CUT_S, is_last=True)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, ClientConnection):
+                connection.abort()
+        await self.lifespan.shutdown()
+
+    def _be_quiet(self, drain: Drain) -> None:
+        drain.begin()
+        self.config.encoded_headers.append((b"connection", b"close"))
+        self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, ClientConnection):
+                connection.quiet()
+
+    def _close_listeners(self, sockets: list[socket.socket]) -> None:
+        for server in self.servers:
+            server.close()
+        for bound in sockets:
+            bound.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+
+    async def _finish(self, deadline: float, *, is_last: bool = False) -> None:
+        """Until nothing is under way any more, or the deadline, or the second asking."""
+        state = self.server_state
+        await self._wait(
+            lambda: not (state.connections or state.tasks) or time.monotonic() >= deadline, is_patient=is_last
+        )
+
+    async def _wait(self, is_over: Callable[[], bool], *, is_patient: bool = False) -> None:
+        # A signal's handler must not touch the loop: what it leaves behind is looked for.
+        while not is_over() and (is_patient or not self._is_asked_twice):  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
+
+
+class ServingProcess(Process):
+    """One of several processes."""
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], settings: Settings) -> None:
+        self._settings = settings
+        super().__init__(config, sockets)
+
+    def target(self, sockets: list[socket.socket] | None = None) -> None:
+        self._server = Server(self.config, self._settings, ignores=signal.SIGINT)
+        super().target(sockets)
 
 
 class Processes(Multiprocess):
-    """Several processes on the same sockets, replaced when they die."""
+    """Several processes on the same sockets, replaced when they die.
+
+    A terminal sends Ctrl-C to all of them; they leave it to their parent to tell them, once for each time it is asked.
+    """
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], settings: Settings) -> None:
+        super().__init__(config, sockets)
+        self._settings = settings
+
+    def init_processes(self) -> None:
+        self.processes = [self._start() for _ in range(self.processes_num)]
+
+    def keep_subprocess_alive(self) -> None:
+        for index, process in enumerate(self.processes):
+            if self.should_exit.is_set() or process.is_alive(timeout=START_TIMEOUT_S):
+                continue
+            process.kill()
+            process.join()
+            if process.exitcode == STARTUP_FAILURE:
+                self.should_exit.set()  # its successor would fail in the same way
+                return
+            self.processes[index] = self._start()
 
     def terminate_all(self) -> None:
         # Left open here, they would still take connections that no process accepts any more.
         for bound in self.sockets:
             bound.close()
         super().terminate_all()
+
+    def join_all(self) -> None:
+        self.signal_queue.clear()
+        while any(process.process.is_alive() for process in self.processes):
+            if self.signal_queue:
+                self.signal_queue.clear()
+                for process in self.processes:
+                    process.process.terminate()
+            time.sleep(LOOK_S)
+        super().join_all()
+
+    def handle_hup(self) -> None:
+        """Nothing: uvicorn would start its own kind of process here, and on the two signals below."""
+
+    handle_ttin = handle_ttou = handle_hup
+
+    def _start(self) -> ServingProcess:
+        process = ServingProcess(self.config, self.sockets, self._settings)
+        process.start()
+        return process
 
 
 def serve(settings: Settings) -> None:
@@ -69,18 +189,17 @@ def serve(settings: Settings) -> None:
         headers=[("x-content-type-options", "nosniff")],
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_worker_healthcheck=START_TIMEOUT_S,
-        timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )
     try:
         if settings.listen.processes == 1:
-            server = Server(config)
+            server = Server(config, settings)
             server.run(sockets)
             if not server.started:
                 raise LaunchError("the gateway did not start; its log says why")
         else:
             with tempfile.TemporaryDirectory(prefix="sluice-metrics-") as directory:
                 os.environ[MULTIPROC_DIR] = directory
-                Processes(config, sockets).run()
+                Processes(config, sockets, settings).run()
     finally:
         for bound in sockets:
             bound.close()

@@ -241,6 +241,10 @@ class RangeRun:
         self._can_store.set()
         self._is_stopping = False
 
+    def wind_down(self) -> None:
+        """Send nothing any more; what is on its way is still answered and stored."""
+        self._is_stopping = True
+
     def stop(self) -> None:
         """Send nothing any more, and give up what is on its way. What is finished is still stored."""
         self._is_stopping = True

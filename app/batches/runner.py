@@ -50,6 +50,7 @@ class Runner:
         shelf: Shelf,
         runs: LineRuns,
         knows_model: Callable[[str, str], bool],
+        is_quiet: Callable[[], bool],
         limits: Limits,
         metrics: Metrics,
         log: Log,
@@ -61,6 +62,7 @@ class Runner:
         self._claims = shelf.claims
         self._runs = runs
         self._knows_model = knows_model
+        self._is_quiet = is_quiet
         self._limits = limits
         self._metrics = metrics
         self._log = log
@@ -122,6 +124,10 @@ class Runner:
     # looking
 
     async def _look(self) -> None:
+        if self._is_quiet():
+            for run in self._ranges.values():
+                run.wind_down()
+            return
         active = await self._journal.active()
         known = {batch_id: batch for batch_id in active if (batch := await self._latest(batch_id)) is not None}
         self._known = known

@@ -22,9 +22,12 @@ class ServedWorker:
 
 
 def gateway_config(user: Mapping[str, Any], workers: Sequence[ServedWorker], redis_url: str | None) -> dict[str, Any]:
-    """The user's values, with our models before the user's, and our Valkey where there is one."""
+    """The user's values, with our models before the user's, and our Valkey where there is one.
+
+    No load balancer stands in front of `sluice up` that would have to notice its end.
+    """
     redis = {"redis": {"url": redis_url}} if redis_url else {}
-    return {**user, **redis, "models": [*_models(workers), *(user.get("models") or [])]}
+    return {"drain_notice_s": 0, **user, **redis, "models": [*_models(workers), *(user.get("models") or [])]}
 
 
 def _models(workers: Sequence[ServedWorker]) -> list[dict[str, Any]]:

@@ -184,20 +184,20 @@ def outcome_of(cause: BaseException | None) -> Outcome:
         case InvalidRequest() | Unavailable():
             return Outcome.REJECTED
         case asyncio.CancelledError():
-            return Outcome.CANCELLED
+            return Outcome.FAILED if cause.args else Outcome.CANCELLED
         case _:
             return Outcome.FAILED
 
 
 def code_of(cause: BaseException | None) -> str:
-    """The `code` label: a GatewayError's own, `client_gone` for a cancelled request, empty for a good end."""
+    """The `code` label: a GatewayError's own, what a cancellation says or else `client_gone`, empty for a good end."""
     match cause:
         case None:
             return ""
         case GatewayError():
             return cause.code
         case asyncio.CancelledError():
-            return "client_gone"
+            return str(cause.args[0]) if cause.args else "client_gone"
         case _:
             return GatewayError.code
 

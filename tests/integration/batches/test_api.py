@@ -395,7 +395,8 @@ async def check_many(house: House, client: Client) -> None:
 
 async def test_a_cancelled_batch_keeps_what_was_finished(house: House) -> None:
     # Every third answer never comes: some lines are finished, and some on their way.
-    requests = [line(f"c{i}", **({"metadata": {"x_fault": "hang_before"}} if i % 3 == 0 else {})) for i in range(30)]
+    stuck: dict[str, Any] = {"metadata": {"x_fault": "hang_before"}}
+    requests = [line(f"c{i}", **(stuck if i % 3 == 0 else {})) for i in range(30)]
     batch = await house.client.create(jsonl(requests))
     await house.client.reaches(batch, "in_progress", completed=5)
     cancelling = await house.client.api.batches.cancel(batch.id)

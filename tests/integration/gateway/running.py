@@ -80,7 +80,7 @@ class GatewayProcess:
             listeners["admin"] = {"port": self.admin_port}
         # Two answers can only be compared byte for byte when the client chose the id that is in them.
         limits = {"keep_request_ids": True, **settings.pop("limits", {})}
-        defaults = {"logs": {"requests": "all"}, "health": {"probe_interval_s": 0.2}}
+        defaults = {"drain_notice_s": 0, "logs": {"requests": "all"}, "health": {"probe_interval_s": 0.2}}
         config = {**defaults, **settings, "limits": limits, **listeners}
         self._config = directory / "gateway.yaml"
         self._config.write_text(yaml.safe_dump({**config, "models": list(models)}), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -90,6 +91,48 @@ async def test_open_and_waiting_requests_are_finished(tmp_path: Path, processes:
         assert "Traceback" not in gateway.process.output
 
 
+async def test_it_says_so_and_serves_on_until_load_balancers_have_noticed(tmp_path: Path) -> None:
+    async with running(tmp_path, drain_notice_s=60) as (gateway, _), httpx.AsyncClient(base_url=gateway.url) as kept:
+        assert "connection" not in (await kept.get("/readyz")).headers
+        gateway.process.terminate()
+
+        async def is_quiet() -> bool:
+            answer = await gateway.http.get("/readyz")
+            return answer.status_code == 503 and answer.json()["status"] == "draining"
+
+        await until(is_quiet, "readiness says draining")
+        async with connected(gateway.url) as new:
+            await new.post(CHAT, chat("a b c"))
+            status, headers, _ = await new.answer()
+            assert status == 200
+            assert headers["connection"] == "close"
+        answer = await kept.post(CHAT, json=chat("a b c"))
+        assert answer.status_code == 200
+        assert answer.headers["connection"] == "close"
+        gateway.process.terminate()
+        assert await ended(gateway) == 0
+
+
+async def test_who_waits_for_too_long_is_turned_away(tmp_path: Path) -> None:
+    """What holds a slot is finished, and who only waits for one can still be served by another replica."""
+    async with running(tmp_path, drain_queue_s=0.5) as (gateway, worker):
+        worker.hold()
+        async with connected(gateway.url) as first, connected(gateway.url) as second:
+            await first.post(CHAT, chat("a b c"))
+            await worker.wait_for(running=1)
+            await second.post(CHAT, chat("a b c"))
+            await gateway.metric("sluice_queue_depth", 1)
+            gateway.process.terminate()
+            status, headers, body = await second.answer()
+            assert status == 503
+            assert json.loads(body)["error"]["code"] == "draining"
+            assert headers["retry-after"]
+            assert headers["connection"] == "close"
+            worker.resume()
+            assert (await first.answer())[0] == 200
+        assert await ended(gateway) == 0
+
+
 async def test_a_stream_that_outlasts_the_drain_limit_is_broken_honestly(tmp_path: Path) -> None:
     async with running(tmp_path, drain_timeout_s=1) as (gateway, worker), connected(gateway.url) as wire:
         await wire.post(CHAT, chat("a b c", stream=True, x_fault="hang_after:2"))
@@ -101,13 +144,29 @@ async def test_a_stream_that_outlasts_the_drain_limit_is_broken_honestly(tmp_pat
         rest = await wire.rest()
         assert b"[DONE]" not in rest
         assert not rest.endswith(b"0\r\n\r\n")
+        assert json.loads(rest[rest.index(b"data: ") + 6 : rest.rindex(b"\n\n")])["error"]["code"] == "draining"
         assert await ended(gateway) == 0
         assert 0.9 < time.monotonic() - begun < 8
+        assert '"code":"draining"' in gateway.process.output.replace(" ", "")
         await worker.wait_for(open=0)
 
 
-async def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    async with running(tmp_path) as (gateway, worker):
+async def test_an_answer_that_has_not_begun_by_the_limit_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path, drain_timeout_s=0.5) as (gateway, worker), connected(gateway.url) as wire:
+        worker.hold()
+        await wire.post(CHAT, chat("a b c"))
+        await worker.wait_for(running=1)
+        gateway.process.terminate()
+        status, _, body = await wire.answer()
+        assert status == 503
+        assert json.loads(body)["error"]["code"] == "draining"
+        assert await ended(gateway) == 0
+        await worker.wait_for(open=0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_a_second_signal_ends_it_at_once(tmp_path: Path, processes: int) -> None:
+    async with running(tmp_path, listen={"processes": processes}) as (gateway, worker):
         worker.hold()
         async with connected(gateway.url) as wire:
             await wire.post(CHAT, chat(stream=True))

@@ -1,0 +1,396 @@
+"""The dashboards, as code: `python deploy/grafana/build.py` writes `dashboards/*.json`, which Grafana provisions.
+
+With `--check` it writes nothing and exits 1 if a file differs from what it would write.
+
+Each panel answers one question, which is its title or its description; each query names series that the gateway or
+vLLM really export, and `tests/monitoring` asks a real Prometheus for every one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from string import ascii_uppercase
+
+from grafana_foundation_sdk.builders import common, stat, timeseries
+from grafana_foundation_sdk.builders.dashboard import Dashboard, DatasourceVariable, QueryVariable, Row
+from grafana_foundation_sdk.builders.prometheus import Dataquery
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.common import (
+    BigValueColorMode,
+    GraphDrawStyle,
+    LegendDisplayMode,
+    LegendPlacement,
+    SortOrder,
+    StackingMode,
+    TooltipDisplayMode,
+)
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DataSourceRef,
+    VariableRefresh,
+)
+
+HERE = Path(__file__).parent
+SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+WHERE = 'model=~"$model", variant=~"$variant"'
+RATE = "[$__rate_interval]"
+OBJECTIVE_S = "5.0"  # as in deploy/prometheus/rules.yml
+
+
+@dataclass(frozen=True)
+class Line:
+    """One query; `legend` names its series by their labels."""
+
+    expr: str
+    legend: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Series over time; `width` of Grafana's 24 columns."""
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+    about: str = ""
+    width: int = 12
+    is_stacked: bool = False
+
+    def build(self) -> timeseries.Panel:
+        panel = (
+            timeseries.Panel()
+            .title(self.title)
+            .description(self.about)
+            .unit(self.unit)
+            .min(0)
+            .datasource(SOURCE)
+            .span(self.width)
+            .height(8)
+            .draw_style(GraphDrawStyle.LINE)
+            .line_width(1)
+            .fill_opacity(40 if self.is_stacked else 8)
+            .legend(
+                common.VizLegendOptions()
+                .show_legend(True)
+                .display_mode(LegendDisplayMode.LIST)
+                .placement(LegendPlacement.BOTTOM)
+            )
+            .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING))
+        )
+        if self.is_stacked:
+            panel = panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL))
+        for ref_id, line in zip(ascii_uppercase, self.lines, strict=False):
+            panel = panel.with_target(_query(line).ref_id(ref_id))
+        return panel
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number, now."""
+
+    title: str
+    unit: str
+    expr: str
+    about: str = ""
+
+    def build(self) -> stat.Panel:
+        return (
+            stat.Panel()
+            .title(self.title)
+            .description(self.about)
+            .unit(self.unit)
+            .no_value("no traffic")
+            .datasource(SOURCE)
+            .span(4)
+            .height(4)
+            .color_mode(BigValueColorMode.NONE)
+            .with_target(_query(Line(self.expr, self.title)).ref_id("A"))
+        )
+
+
+def _query(line: Line) -> Dataquery:
+    return Dataquery().expr(line.expr).legend_format(line.legend).datasource(SOURCE)
+
+
+def quantile(share: float, metric: str, by: str = "", where: str = WHERE) -> str:
+    grouping = ", ".join(filter(None, ("le", by)))
+    return f"histogram_quantile({share}, sum by ({grouping}) (rate({metric}_bucket{{{where}}}{RATE})))"
+
+
+def mean(metric: str, where: str = WHERE) -> str:
+    return f"sum(rate({metric}_sum{{{where}}}{RATE})) / sum(rate({metric}_count{{{where}}}{RATE}))"
+
+
+def quantiles(metric: str) -> list[Line]:
+    return [Line(quantile(share, metric), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)]
+
+
+def rate(metric: str, by: str, where: str = WHERE) -> str:
+    return f"sum by ({by}) (rate({metric}{{{where}}}{RATE}))"
+
+
+SERVICE: dict[str, Sequence[Graph | Figure]] = {
+    "Now": [
+        Figure("Requests", "reqps", f"sum(rate(sluice_requests_total{RATE}))"),
+        Figure("Generated", "short", f"sum(rate(sluice_generation_tokens_total{RATE}))", "Tokens a second."),
+        Figure("TTFT p95", "s", quantile(0.95, "sluice_time_to_first_token_seconds")),
+        Figure("ITL p95", "s", quantile(0.95, "sluice_inter_token_latency_seconds")),
+        Figure(
+            "First token too late",
+            "percentunit",
+            "sluice:time_to_first_token_missed:ratio_rate_5m",
+            f"Share of interactive requests without a first token within {OBJECTIVE_S} s; the objective allows 1 %.",
+        ),
+        Figure("Failed", "percentunit", "sluice:requests_failed:ratio_rate_5m", "Of all that nobody cancelled."),
+    ],
+    "First token": [
+        Graph("Time to first token", "s", quantiles("sluice_time_to_first_token_seconds"), "Arrival to first token."),
+        Graph(
+            "Where the first token waits",
+            "s",
+            [
+                Line(mean("sluice_queue_wait_seconds"), "queue: for a slot"),
+                Line(mean("sluice_upstream_first_byte_seconds"), "worker: to its first byte"),
+                Line(mean("sluice_gateway_overhead_seconds"), "gateway itself"),
+            ],
+            "Means of the three parts, which add up.",
+            is_stacked=True,
+        ),
+        Graph("Inter-token latency", "s", quantiles("sluice_inter_token_latency_seconds")),
+        Graph("Time per output token", "s", quantiles("sluice_time_per_output_token_seconds")),
+    ],
+    "Throughput": [
+        Graph(
+            "Tokens a second",
+            "short",
+            [
+                Line(f"sum(rate(sluice_generation_tokens_total{{{WHERE}}}{RATE}))", "generated"),
+                Line(f"sum(rate(sluice_prompt_tokens_total{{{WHERE}}}{RATE}))", "prompt"),
+            ],
+        ),
+        Graph(
+            "Goodput",
+            "reqps",
+            [
+                Line(
+                    f'sum(rate(sluice_time_to_first_token_seconds_bucket{{{WHERE}, le="{OBJECTIVE_S}"}}{RATE}))',
+                    "first token in time",
+                ),
+                Line(f"sum(rate(sluice_time_to_first_token_seconds_count{{{WHERE}}}{RATE}))", "first token at all"),
+            ],
+            "Streams a second.",
+        ),
+        Graph(
+            "How requests end",
+            "reqps",
+            [Line(f"sum by (outcome) (rate(sluice_requests_total{RATE}))", "{{outcome}}")],
+            is_stacked=True,
+        ),
+        Graph(
+            "Why they do not complete",
+            "reqps",
+            [Line(f'sum by (code) (rate(sluice_requests_total{{code!=""}}{RATE}))', "{{code}}")],
+            "By the code that the client was told.",
+        ),
+        Graph("Requests in flight", "short", [Line("sum(sluice_requests_in_flight)", "in flight")]),
+        Graph("Whole answer", "s", quantiles("sluice_request_duration_seconds"), "Arrival to the answer's end."),
+    ],
+}
+
+QUEUE: dict[str, Sequence[Graph | Figure]] = {
+    "Who waits": [
+        Graph("Waiting, by band", "short", [Line("sum by (band) (sluice_queue_depth)", "{{band}}")], is_stacked=True),
+        Graph("Longest wait, by band", "s", [Line("max by (band) (sluice_queue_oldest_seconds)", "{{band}}")]),
+        Graph(
+            "Wait for a slot, p95 by band",
+            "s",
+            [Line(quantile(0.95, "sluice_queue_wait_seconds", "band"), "{{band}}")],
+        ),
+        Graph(
+            "Slots",
+            "short",
+            [Line("sum(sluice_slots_held)", "held"), Line("sum(sluice_slots_capacity)", "there are")],
+            "Slots held all the time while somebody waits: the workers are the limit.",
+        ),
+    ],
+    "Who gets what": [
+        Graph(
+            "Tokens a second, by band",
+            "short",
+            [Line(rate("sluice_generation_tokens_total", "band"), "{{band}}")],
+            is_stacked=True,
+        ),
+        Graph(
+            "Requests, by band", "reqps", [Line("sum by (band) (rate(sluice_requests_total" + RATE + "))", "{{band}}")]
+        ),
+    ],
+    "Who is refused, and why": [
+        Graph(
+            "Refused by a limit",
+            "reqps",
+            [Line(f"sum by (limit) (rate(sluice_limit_rejections_total{RATE}))", "{{limit}}")],
+        ),
+        Graph(
+            "Refused or expired, by code",
+            "reqps",
+            [Line(f'sum by (code) (rate(sluice_requests_total{{outcome=~"rejected|expired"}}{RATE}))', "{{code}}")],
+        ),
+    ],
+    "The shared ledger": [
+        Graph(
+            "Processes without Redis",
+            "short",
+            [Line("sum(sluice_admission_degraded)", "processes")],
+            "Above 0: order and limits hold inside a process only.",
+        ),
+        Graph(
+            "Ledger told anew, leases lost",
+            "short",
+            [
+                Line(
+                    "sum by (reason) (increase(sluice_ledger_resyncs_total[$__rate_interval]))", "told anew: {{reason}}"
+                ),
+                Line(f"sum(increase(sluice_leases_fenced_total{RATE}))", "leases lost"),
+            ],
+        ),
+    ],
+}
+
+WORKERS: dict[str, Sequence[Graph | Figure]] = {
+    "Workers": [
+        Graph(
+            "State",
+            "short",
+            [Line("sum by (variant, state) (sluice_worker_state) > 0", "{{variant}} {{state}}")],
+            "Workers of each variant in each state; `ready` ones generate.",
+            is_stacked=True,
+        ),
+        Graph(
+            "Slots held",
+            "short",
+            [
+                Line("sum by (worker) (sluice_slots_held)", "{{worker}} held"),
+                Line("max by (worker) (sluice_slots_capacity)", "{{worker}} slots"),
+            ],
+        ),
+        Graph(
+            "Inside vLLM",
+            "short",
+            [
+                Line("sum by (worker) (vllm:num_requests_running)", "{{worker}} running"),
+                Line("sum by (worker) (vllm:num_requests_waiting)", "{{worker}} waiting"),
+            ],
+            "Waiting inside vLLM stays near zero: who waits, waits in the gateway's queue, in its order.",
+        ),
+        Graph("KV cache in use", "percentunit", [Line("max by (worker) (vllm:kv_cache_usage_perc)", "{{worker}}")]),
+        Graph(
+            "Prefix cache hits",
+            "percentunit",
+            [
+                Line(
+                    f"sum by (worker) (rate(vllm:prefix_cache_hits_total{RATE}))"
+                    f" / sum by (worker) (rate(vllm:prefix_cache_queries_total{RATE}))",
+                    "{{worker}}",
+                )
+            ],
+            "Share of prompt tokens that were in the cache.",
+        ),
+        Graph(
+            "Second attempts and resumed streams",
+            "short",
+            [
+                Line(f"sum by (reason) (increase(sluice_retries_total{RATE}))", "again: {{reason}}"),
+                Line(f"sum by (outcome) (increase(sluice_resumes_total{RATE}))", "resume: {{outcome}}"),
+            ],
+        ),
+    ],
+    "Variants, side by side": [
+        Graph(
+            "TTFT p95, by variant",
+            "s",
+            [Line(quantile(0.95, "sluice_time_to_first_token_seconds", "model, variant"), "{{model}}:{{variant}}")],
+        ),
+        Graph(
+            "ITL p95, by variant",
+            "s",
+            [Line(quantile(0.95, "sluice_inter_token_latency_seconds", "model, variant"), "{{model}}:{{variant}}")],
+        ),
+        Graph(
+            "Generated tokens a second, by variant",
+            "short",
+            [Line(rate("sluice_generation_tokens_total", "model, variant"), "{{model}}:{{variant}}")],
+        ),
+        Graph(
+            "Requests, by variant",
+            "reqps",
+            [Line(rate("sluice_requests_total", "model, variant"), "{{model}}:{{variant}}")],
+        ),
+    ],
+}
+
+DASHBOARDS = {
+    "service": ("Service", SERVICE),
+    "queue": ("Queue and fairness", QUEUE),
+    "workers": ("Workers and variants", WORKERS),
+}
+
+
+def dashboard(uid: str, title: str, rows: dict[str, Sequence[Graph | Figure]]) -> Dashboard:
+    built = (
+        Dashboard(f"Sluice: {title}")
+        .uid(f"sluice-{uid}")
+        .tags(["sluice", "vllm"])
+        .readonly()
+        .tooltip(DashboardCursorSync.CROSSHAIR)
+        .refresh("10s")
+        .time("now-30m", "now")
+        .timezone("browser")
+        .with_variable(DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+        .with_variable(_choice("model", "label_values(sluice_requests_total, model)"))
+        .with_variable(_choice("variant", 'label_values(sluice_requests_total{model=~"$model"}, variant)'))
+    )
+    ids = count(1)
+    for row, panels in rows.items():
+        built = built.with_row(Row(row).id(next(ids)))
+        for panel in panels:
+            built = built.with_panel(panel.build().id(next(ids)))
+    return built
+
+
+def _choice(name: str, query: str) -> QueryVariable:
+    return (
+        QueryVariable(name)
+        .label(name)
+        .datasource(SOURCE)
+        .query(query)
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .multi(True)
+        .include_all(True)
+        .all_value(".*")
+    )
+
+
+def written(uid: str) -> str:
+    """The JSON of one dashboard, as it is committed."""
+    title, rows = DASHBOARDS[uid]
+    return (
+        json.dumps(json.loads(JSONEncoder(sort_keys=True).encode(dashboard(uid, title, rows).build())), indent=1) + "\n"
+    )
+
+
+def main() -> int:
+    files = {HERE / "dashboards" / f"{uid}.json": written(uid) for uid in DASHBOARDS}
+    if "--check" in sys.argv:
+        return int(any(not file.exists() or file.read_text(encoding="utf-8") != text for file, text in files.items()))
+    for file, text in files.items():
+        file.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

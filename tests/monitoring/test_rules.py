@@ -1,0 +1,58 @@
+"""The shipped rules and configuration, as Prometheus' own tool reads them, and the dashboards' files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.monitoring.conftest import Binaries
+
+DEPLOYED = Path(__file__).parents[2] / "deploy" / "prometheus"
+
+
+def promtool(binaries: Binaries, *arguments: str) -> None:
+    done = subprocess.run([binaries.promtool, *arguments], cwd=DEPLOYED, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_are_sound(binaries: Binaries) -> None:
+    promtool(binaries, "check", "rules", "rules.yml", "alerts.yml")
+
+
+def test_every_alert_fires_when_it_must_and_only_then(binaries: Binaries) -> None:
+    promtool(binaries, "test", "rules", "tests/alerts.yml")
+
+
+def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
+    cases = [
+        case
+        for test in yaml.safe_load((DEPLOYED / "tests/alerts.yml").read_text())["tests"]
+        for case in test["alert_rule_test"]
+    ]
+    for rule in (
+        rule for group in yaml.safe_load((DEPLOYED / "alerts.yml").read_text())["groups"] for rule in group["rules"]
+    ):
+        assert rule["annotations"].keys() >= {"summary", "runbook"}
+        assert rule["labels"]["severity"] in {"page", "ticket"}
+        assert any(case["exp_alerts"] for case in cases if case["alertname"] == rule["alert"]), rule["alert"]
+
+
+def test_the_configuration_is_sound(binaries: Binaries, tmp_path: Path) -> None:
+    """As shipped, but for the secret's file, which a deployment brings."""
+    config = (DEPLOYED / "prometheus.yml").read_text()
+    secret = tmp_path / "key"
+    secret.write_text("a key")
+    for name in ("rules.yml", "alerts.yml"):
+        (tmp_path / name).symlink_to(DEPLOYED / name)
+    file = tmp_path / "prometheus.yml"
+    file.write_text(config.replace("/run/secrets/sluice_admin_key", str(secret)))
+    promtool(binaries, "check", "config", str(file))
+
+
+def test_the_dashboards_are_what_their_code_says() -> None:
+    builder = DEPLOYED.parent / "grafana/build.py"
+    done = subprocess.run([sys.executable, builder, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
