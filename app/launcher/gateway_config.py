@@ -21,13 +21,17 @@ class ServedWorker:
     manifest: Path | None = None
 
 
-def gateway_config(user: Mapping[str, Any], workers: Sequence[ServedWorker], redis_url: str | None) -> dict[str, Any]:
-    """The user's values, with our models before the user's, and our Valkey where there is one.
+def gateway_config(
+    user: Mapping[str, Any], workers: Sequence[ServedWorker], redis_url: str | None, batches: Path
+) -> dict[str, Any]:
+    """The user's values, with our models before the user's, our Valkey where there is one, and a place for batches.
 
     No load balancer stands in front of `sluice up` that would have to notice its end.
     """
     redis = {"redis": {"url": redis_url}} if redis_url else {}
-    return {"drain_notice_s": 0, **user, **redis, "models": [*_models(workers), *(user.get("models") or [])]}
+    models = [*_models(workers), *(user.get("models") or [])]
+    kept = {"directory": str(batches), **(user.get("batches") or {})}
+    return {"drain_notice_s": 0, **user, **redis, "batches": kept, "models": models}
 
 
 def _models(workers: Sequence[ServedWorker]) -> list[dict[str, Any]]:

@@ -111,5 +111,19 @@ def check_whole(requests: Sequence[dict[str, Any]], output: list[dict[str, Any]]
 
 def seen_by(worker: FakeWorker) -> list[str]:
     """The lines that a worker was asked, by custom_id (which `line` makes the prompt)."""
-    asked = [received.body for received in worker.requests if "messages" in received.body]
-    return [str(body["messages"][0]["content"]) for body in asked]
+    return [_prompt(received.body) for received in worker.requests if _is_line(received.body)]
+
+
+def answered_by(worker: FakeWorker) -> list[str]:
+    """The lines that it answered whole."""
+    answered = [received for received in worker.requests if received.outcome == "finished"]
+    return [_prompt(received.body) for received in answered if _is_line(received.body)]
+
+
+def _is_line(body: dict[str, Any]) -> bool:
+    """Canaries are asked as well."""
+    return "messages" in body and _prompt(body).startswith("c")
+
+
+def _prompt(body: dict[str, Any]) -> str:
+    return str(body["messages"][0]["content"])
