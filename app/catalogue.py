@@ -6,13 +6,15 @@ one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ssl
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app import settings
+from app.credentials import TlsContexts, read_secret
 from app.errors import ConfigurationError, ModelNotFound
 
 MANIFEST_FILE = "sluice.json"
@@ -54,13 +56,23 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
-    """Where a worker of a variant listens, what it calls the model, and how many slots it has."""
+    """Where a worker of a variant listens, what it calls the model, and how many slots it has.
+
+    `tls` is None for plain HTTP. `api_key` is the worker's own and goes nowhere else; empty for none.
+    """
 
     id: str
     host: str
     port: int
     served_model: str
     slots: int
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    server_name: str | None = None
+    api_key: str = field(default="", repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"{'http' if self.tls is None else 'https'}://{self.id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +112,12 @@ class Catalogue:
 
     @classmethod
     def of(cls, configured: tuple[settings.Model, ...]) -> Catalogue:
-        """The catalogue of a configuration. Raises ConfigurationError for a manifest that cannot be read."""
-        return cls(tuple(_model(model) for model in configured))
+        """The catalogue of a configuration.
+
+        Raises ConfigurationError for a manifest, certificate or key that cannot be read.
+        """
+        contexts = TlsContexts()
+        return cls(tuple(_model(model, contexts) for model in configured))
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -118,29 +134,34 @@ class Catalogue:
             ) from None
 
 
-def _model(configured: settings.Model) -> Model:
-    return Model(configured.name, tuple(_variant(configured, variant) for variant in configured.variants))
+def _model(configured: settings.Model, contexts: TlsContexts) -> Model:
+    return Model(configured.name, tuple(_variant(configured, variant, contexts) for variant in configured.variants))
 
 
-def _variant(model: settings.Model, configured: settings.Variant) -> Variant:
+def _variant(model: settings.Model, configured: settings.Variant, contexts: TlsContexts) -> Variant:
     manifest = Manifest.read(configured.manifest.parent) if configured.manifest else None
     return Variant(
         model=model.name,
         name=configured.name,
-        workers=tuple(_worker(f"{model.name}:{configured.name}", worker) for worker in configured.workers),
+        workers=tuple(_worker(f"{model.name}:{configured.name}", worker, contexts) for worker in configured.workers),
         quantization=configured.quantization or (manifest.quantization if manifest else None),
         context_length=manifest.context_length if manifest else None,
         resumes=model.resume,
     )
 
 
-def _worker(public_name: str, configured: settings.Worker) -> WorkerAddress:
-    authority = configured.url.removeprefix("http://")
-    host, _, port = authority.rpartition(":") if ":" in authority.rpartition("]")[2] else (authority, "", "80")
+def _worker(public_name: str, configured: settings.Worker, contexts: TlsContexts) -> WorkerAddress:
+    authority, is_tls = configured.authority, configured.url.startswith("https://")
+    default_port = "443" if is_tls else "80"
+    host, _, port = authority.rpartition(":") if ":" in authority.rpartition("]")[2] else (authority, "", default_port)
+    tls = configured.tls or settings.WorkerTls()
     return WorkerAddress(
         id=authority,
         host=host.strip("[]"),
         port=int(port),
         served_model=configured.served_model or public_name,
         slots=configured.max_concurrency,
+        tls=contexts.of(tls) if is_tls else None,
+        server_name=tls.server_name,
+        api_key=read_secret(configured.api_key_file, configured.api_key_env),
     )

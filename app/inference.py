@@ -39,6 +39,8 @@ class Outcome(StrEnum):
     EXPIRED = "expired"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    CLIENT_STALLED = "client_stalled"
+    """The client read nothing for too long and was disconnected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class InferenceRequest:
     `deadline` is when the client stops waiting for a first byte, monotonic too. `max_tokens` is what it asked for at
     most. `resolved_model` is the catalogue's name, empty until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's (see `cache_salt`); empty, the cache is shared with everybody whose salt is empty.
+    `id` is the gateway's own, never used before; `client_id` what the client calls the request, for logs only.
     """
 
     id: str
@@ -123,6 +126,7 @@ class InferenceRequest:
     deadline: float = float("inf")
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
+    client_id: str = ""
 
     @classmethod
     def parse(

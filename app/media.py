@@ -16,18 +16,18 @@ from app.settings import Media
 
 URL_FIELDS = {"image_url": "image", "audio_url": "audio", "video_url": "video", "file_url": "file"}
 TENSOR_FIELDS = frozenset({"image_embeds", "audio_embeds", "video_embeds", "prompt_embeds", "image_pil"})
+# A part of these may name its medium by `uuid`: the worker then takes whatever anybody sent under that name before.
+PART_TYPES = ("image_url", "audio_url", "video_url", "input_image", "input_audio")
 HEADER_BASE64_CHARS = 64
 
 
-def check_media(value: list[Any], where: str, limits: Media) -> None:
-    """Refuse media that are addresses, too many, too large or not enabled, anywhere below `value`.
+def check_media(value: list[Any] | dict[str, Any], where: str, limits: Media) -> None:
+    """Refuse media that are addresses, too many, too large or not enabled, in `value` and anywhere below it.
 
     Raises InvalidValue or UnsupportedParameter, `param` the path of the offending part.
     """
     count = 0
-    stack: list[tuple[Any, str]] = [
-        (item, f"{where}[{at}]") for at, item in enumerate(value) if type(item) is dict or type(item) is list
-    ]
+    stack: list[tuple[Any, str]] = [(value, where)]
     while stack:
         node, path = stack.pop()
         if type(node) is list:
@@ -44,6 +44,11 @@ def _check_part(node: dict[str, Any], path: str, limits: Media) -> int:
     count = 0
     for name in TENSOR_FIELDS & node.keys():
         raise UnsupportedParameter("Embeddings are not accepted in place of media.", param=f"{path}.{name}")
+    kind_of_part = node.get("type")
+    if type(kind_of_part) is str and kind_of_part in TENSOR_FIELDS:
+        raise UnsupportedParameter("Embeddings are not accepted in place of media.", param=f"{path}.type")
+    if node.get("uuid") is not None and (kind_of_part in PART_TYPES or not URL_FIELDS.keys().isdisjoint(node)):
+        raise UnsupportedParameter("Media have no names here: workers share theirs.", param=f"{path}.uuid")
     for name, kind in URL_FIELDS.items():
         if name in node and node[name] is not None:
             count += 1
@@ -51,7 +56,7 @@ def _check_part(node: dict[str, Any], path: str, limits: Media) -> int:
             url = given.get("url") if type(given) is dict else given
             _check_url(url, kind, f"{path}.{name}", limits)
     source = node.get("source")
-    if node.get("type") in ("image", "document") and type(source) is dict:
+    if kind_of_part in ("image", "document") and type(source) is dict:
         count += 1
         if source.get("type") != "base64":
             raise _remote(f"{path}.source")

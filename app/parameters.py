@@ -122,6 +122,17 @@ def template_arguments(value: Any, where: str) -> None:
             raise UnsupportedParameter(f"{name!r} is not accepted here.", param=f"{where}.{name}")
 
 
+def foreground(value: Any, where: str) -> None:
+    """Work that goes on without its client would hold a worker and no slot."""
+    if value is not False:
+        raise UnsupportedParameter("Responses in the background are not offered here.", param=where)
+
+
+def stateless(value: Any, where: str) -> None:
+    """A worker keeps the responses of all its callers in one place, and each worker its own."""
+    raise UnsupportedParameter("Responses are not kept here; send the conversation again.", param=where)
+
+
 _BIAS = Number(-100, 100)
 
 _GENERATION: Rules = {
@@ -151,6 +162,7 @@ _GENERATION: Rules = {
     "stop": Items(text, 64, or_one=True),
     "stop_sequences": Items(text, 64),
     "stop_token_ids": Items(Integer(0), 256),
+    "logprob_token_ids": Items(Integer(0), 128),
     "allowed_token_ids": Items(Integer(0), 65_536),
     "bad_words": Items(text, 256),
     "ignore_eos": flag,
@@ -161,7 +173,7 @@ _GENERATION: Rules = {
 }
 CHAT: Rules = {**_GENERATION, "logprobs": flag}
 COMPLETION: Rules = {**_GENERATION, "logprobs": Integer(0, 20), "max_tokens": Integer(0), "echo": flag}
-RESPONSES: Rules = _GENERATION
+RESPONSES: Rules = {**_GENERATION, "background": foreground, "previous_response_id": stateless}
 MESSAGES: Rules = _GENERATION
 OTHER: Rules = {
     "model": plain,
@@ -188,7 +200,8 @@ def check(values: Mapping[str, Any], rules: Rules, limits: Parameters) -> None:
     if messages is not None:
         _check_messages(messages, is_chat=rules is CHAT)
     for name, value in values.items():
-        if type(value) is list and name != "tools":
+        # What is scored or ranked may be one object; elsewhere objects hold schemas, which may speak of images.
+        if (type(value) is list and name != "tools") or (type(value) is dict and rules is OTHER):
             check_media(value, name, limits.media)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
@@ -48,10 +48,38 @@ class Admin(Part):
     port: int = Field(8001, ge=0, le=65535)
 
 
+class Tls(Part):
+    """TLS towards a server. Its certificate is verified always, and nothing older than TLS 1.2 is spoken."""
+
+    ca_file: Path | None = Field(None, description="whom to trust (PEM), instead of the system's authorities")
+    cert_file: Path | None = Field(None, description="the gateway's own certificate, for servers that ask (mTLS)")
+    key_file: Path | None = Field(None, description="of cert_file; default: in the same file")
+    verify: Literal["full", "chain"] = Field(
+        "full", description="`chain`: the certificate may be for any name; only with a ca_file of one's own"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("a key_file needs a cert_file")
+        if self.verify == "chain" and self.ca_file is None:
+            raise ValueError("verify: chain needs a ca_file: public authorities certify anybody")
+        return self
+
+
+class WorkerTls(Tls):
+    """TLS towards a worker."""
+
+    server_name: str | None = Field(
+        None, min_length=1, max_length=253, description="asked for by SNI and expected; default: the url's host"
+    )
+
+
 class Redis(Part):
     """The server that all gateway processes share. Left out, each process admits on its own."""
 
-    url: str = "redis://127.0.0.1:6379/0"
+    url: str = Field("redis://127.0.0.1:6379/0", description="`rediss://` for TLS")
+    tls: Tls | None = Field(None, description="default for rediss: the system's authorities")
     prefix: str = Field("sluice", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="of all keys; one per fleet")
     allow_eviction: bool = Field(False, description="start although the server may evict keys, leases among them")
 
@@ -109,14 +137,33 @@ class Worker(Part):
     url: str
     served_model: str | None = Field(None, description="the name vLLM knows the model by; default: `model:variant`")
     max_concurrency: int = Field(64, ge=1, le=65536, description="slots: requests this worker holds at once")
+    tls: WorkerTls | None = Field(None, description="default for https: the system's authorities")
+    api_key_file: Path | None = Field(None, description="holds what the worker was given as --api-key")
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$", description="or the environment variable that holds it"
+    )
 
     @field_validator("url")
     @classmethod
-    def _is_plain_http(cls, url: str) -> str:
+    def _is_an_address(cls, url: str) -> str:
         parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
-            raise ValueError("a worker's url is http://HOST:PORT")
+        is_http = parts.scheme in ("http", "https")
+        if not is_http or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+            raise ValueError("a worker's url is http://HOST:PORT or https://HOST:PORT")
         return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.tls is not None and not self.url.startswith("https://"):
+            raise ValueError("tls needs a url with https")
+        if self.api_key_file is not None and self.api_key_env is not None:
+            raise ValueError("api_key_file and api_key_env exclude each other")
+        return self
+
+    @property
+    def authority(self) -> str:
+        """HOST:PORT as written, by which the worker is known."""
+        return self.url.partition("://")[2]
 
 
 class Variant(Part):
@@ -251,9 +298,6 @@ class Limits(Part):
     body_timeout_s: float = Field(30, gt=0, le=600, description="from the headers' end to the body's")
     body_grace_s: float = Field(5, ge=0, le=600, description="before the lowest rate of a body counts")
     body_bytes_per_s: float = Field(16 * 1024, gt=0, description="lowest rate of a body, after the grace")
-    keep_request_ids: bool = Field(
-        False, description="take `x-request-id` from clients: only behind a proxy of one's own that sets it"
-    )
 
 
 class Structured(Part):
@@ -386,14 +430,16 @@ class Settings(BaseSettings):
         names = [model.name for model in self.models]
         if len(set(names)) != len(names):
             raise ValueError("a model is listed twice")
-        urls = [worker.url for model in self.models for variant in model.variants for worker in variant.workers]
-        if len(set(urls)) != len(urls):
+        places = [worker.authority for model in self.models for variant in model.variants for worker in variant.workers]
+        if len(set(places)) != len(places):
             raise ValueError("a worker's url is listed twice")
         keeps_batches = self.batches.directory is not None or self.batches.bucket is not None
         if keeps_batches and self.redis is None and self.listen.processes > 1:
             raise ValueError("batches: several processes need redis to share the work")
         if len({tenant.name for tenant in self.tenants}) != len(self.tenants):
             raise ValueError("a tenant is listed twice")
+        if self.redis is not None and self.redis.tls is not None and not self.redis.url.startswith("rediss://"):
+            raise ValueError("redis.tls needs a url with rediss")
         if self.auth.enabled:
             raise ValueError("auth.enabled: this release has no API keys; bind to loopback or put a proxy in front")
         return self

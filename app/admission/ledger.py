@@ -17,14 +17,15 @@ from importlib import resources
 from typing import Any, TypeVar
 
 import msgspec
-from redis.asyncio import Connection, ConnectionPool
+from redis.asyncio import Connection, ConnectionPool, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules
+from app.credentials import TlsContexts, tls_failure
 from app.errors import ConfigurationError
-from app.settings import Redis
+from app.settings import Redis, Tls
 
 LAYOUT = 1
 CALL_TIMEOUT_S = 1.0
@@ -195,6 +196,7 @@ class Ledger:
         self._scripts = scripts
         self.prefix = f"{{{redis.prefix}}}:{LAYOUT}:"
         self._channel = f"{self.prefix}grants:{replica}".encode()
+        self._tls = TlsContexts().of(redis.tls or Tls()) if redis.url.startswith("rediss://") else None
         self._connection: Connection | None = None
         self._listener: Connection | None = None
         self._number = 0
@@ -318,6 +320,9 @@ class Ledger:
             socket_connect_timeout=CONNECT_TIMEOUT_S,
         )
         connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
+        if isinstance(connection, SSLConnection):
+            # redis-py's own would trust the system's authorities beside the one that is configured.
+            connection.ssl_context.context = self._tls
         async with _bounded():
             await connection.connect()  # type: ignore[no-untyped-call]
         return connection
@@ -343,6 +348,8 @@ class _bounded:  # noqa: N801 - used as a statement
 
 def _shown(error: Exception) -> str:
     """The first word of a server's error: the rest may quote what was sent."""
+    if (distrust := tls_failure(error)) is not None:
+        return distrust
     return str(error).split(maxsplit=1)[0] if isinstance(error, ResponseError) and str(error) else str(error)
 
 

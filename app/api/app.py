@@ -55,7 +55,7 @@ def create_app(settings: Settings) -> ASGIApp:
     api.openapi = lambda: document(api)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     admin_port = settings.admin.port if settings.admin is not None else None
     inner = Errors(Dispatch(InferenceRoutes(), api, OPERATOR_PATHS, admin_port))
-    return RequestIds(inner, keeps_given=settings.limits.keep_request_ids)
+    return RequestIds(inner)
 
 
 def _spare_the_collector() -> None:

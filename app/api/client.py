@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope
 from app.drain import Drain
 from app.errors import Draining, RequestTooLarge, UnsupportedMediaType
 from app.settings import Limits
+from app.telemetry.account import CLIENT_GONE, CLIENT_STALLED
 
 
 class ClientGone(Exception):
@@ -108,17 +109,19 @@ class ClientWatch:
         loop = self._task.get_loop()
         since = self._connection.paused_since
         if since is not None and loop.time() - since >= self._stall_s:
+            self._end(ClientGone(), CLIENT_STALLED)
             self._connection.abort()
         else:
             self._timer = loop.call_later(self._stall_s / 2, self._check_stall)
 
     def cut(self, error: Draining) -> None:
         """See `drain.Cuttable`."""
-        if self._reason is None:
-            self._reason = error
-            self._task.cancel(error.code)
+        self._end(error, error.code)
 
     def _leave(self) -> None:
+        self._end(ClientGone(), CLIENT_GONE)
+
+    def _end(self, reason: Exception, code: str) -> None:
         if self._reason is None:
-            self._reason = ClientGone()
-            self._task.cancel()
+            self._reason = reason
+            self._task.cancel(code)

@@ -100,6 +100,7 @@ class InferenceRoutes:
             arrived=arrived,
             limits=settings.parameters,
         )
+        request.client_id = scope["client_request_id"]
         request.tenant = runtime.tenants.anonymous
         read_headers(request, scope["headers"], runtime.tenants if settings.admission.trust_tenant_header else None)
         return request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,23 +19,28 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
 
 class RequestIds:
-    """Outermost: every answer, also an error's, carries an `x-request-id`, made here.
+    """Outermost: every request gets an id here, and every answer, also an error's, carries an `x-request-id`.
 
-    A client's own is taken only with `keeps_given`, and if it is harmless: workers make the engine's ids of it, so two
-    clients must not be able to choose the same.
+    Workers make the engine's ids of the one made here, so it is never a client's. A harmless `x-request-id` of the
+    client's own is given back as it came, and the one made here stands beside it as `x-sluice-request-id`. Logs have
+    both; there a client may also be known by OpenAI's `x-client-request-id`, which is not given back.
     """
 
-    def __init__(self, app: ASGIApp, *, keeps_given: bool) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._keeps_given = keeps_given
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = (self._keeps_given and _client_request_id(scope)) or secrets.token_hex(16).encode()
-        scope["request_id"] = request_id.decode()
-        response_of(scope).add_header(b"x-request-id", request_id)
+        request_id = secrets.token_hex(16)
+        echoed, named = _client_request_ids(scope["headers"])
+        scope["request_id"] = request_id
+        scope["client_request_id"] = (echoed or named).decode()
+        response = response_of(scope)
+        response.add_header(b"x-request-id", echoed or request_id.encode())
+        if echoed:
+            response.add_header(b"x-sluice-request-id", request_id.encode())
         try:
             await self._app(scope, receive, send)
         finally:
@@ -62,7 +68,8 @@ class Errors:
             if scope["type"] != "http":
                 raise
             log: Log = scope["state"]["runtime"].log
-            log.exception("internal error", request_id=scope["request_id"], path=scope["path"])
+            ids = {"request_id": scope["request_id"], "client_request_id": scope["client_request_id"]}
+            log.exception("internal error", **ids, path=scope["path"])
             if not response_of(scope).has_begun:
                 await send_error(InternalError("The server had an error while processing your request."), send)
 
@@ -104,8 +111,10 @@ class Dispatch:
 PROBES = frozenset({"/healthz", "/readyz"})
 
 
-def _client_request_id(scope: Scope) -> bytes | None:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            return value if REQUEST_ID.fullmatch(value) else None
-    return None
+def _client_request_ids(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+    """The client's `x-request-id` and `x-client-request-id`, empty where not given once and harmless."""
+    given: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in (b"x-request-id", b"x-client-request-id"):
+            given[name] = b"" if name in given or not REQUEST_ID.fullmatch(value) else value
+    return given.get(b"x-request-id", b""), given.get(b"x-client-request-id", b"")

@@ -19,6 +19,7 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 from app.api.app import create_app
 from app.api.protocol import ClientConnection
 from app.catalogue import Catalogue
+from app.credentials import TlsContexts
 from app.drain import Drain
 from app.errors import LaunchError
 from app.settings import Settings
@@ -171,7 +172,10 @@ def serve(settings: Settings) -> None:
 
     Raises ConfigurationError or LaunchError, before anything is served.
     """
-    Catalogue.of(settings.models)  # each process builds its own; what is wrong with it is better told once, here
+    # Each process builds its own; what is wrong with them is better told once, here.
+    Catalogue.of(settings.models)
+    if settings.redis is not None and settings.redis.tls is not None:
+        TlsContexts().of(settings.redis.tls)
     sockets = _bind_all(settings)
     config = uvicorn.Config(
         functools.partial(create_app, settings),

@@ -105,6 +105,7 @@ class StreamedAnswer(Answer):
         "_connection",
         "_dialect",
         "_ended",
+        "_has_error",
         "_hides_usage",
         "_splitter",
         "stream",
@@ -128,6 +129,7 @@ class StreamedAnswer(Answer):
         self._begun = stream.begun
         self._splitter = EventSplitter()
         self._ended = False
+        self._has_error = False
 
     async def next(self) -> bytes:
         while not self._ended:
@@ -190,6 +192,7 @@ class StreamedAnswer(Answer):
             if meaning.usage is not None:
                 self._account.usage = meaning.usage
             if meaning.is_error:
+                self._has_error = True
                 self._account.fail(WorkerLost("The worker reported an error inside its stream."))
             if not (meaning.only_usage and self._hides_usage):
                 relayed.append(event)
@@ -199,7 +202,10 @@ class StreamedAnswer(Answer):
         return relayed[0] if len(relayed) == 1 else b"".join(relayed)
 
     def _break(self, error: GatewayError) -> bytes:
+        """The stream ends here, in one error event: a worker that sent one itself has told the client already."""
         self._ended = True
+        if self._has_error:
+            return b""
         self._account.fail(error)
         return self._dialect.error_event(error)
 

@@ -27,6 +27,8 @@ class Fault(StrEnum):
     """It said, before the first byte, that it failed."""
     LOST = "lost"
     """Its connection was lost before the first byte: it may have died, and of this request."""
+    CUT = "cut"
+    """Its connection was lost within an answer that does not stream: it may have died, and nobody has seen a byte."""
     GARBAGE = "garbage"
     """It answered with something that is no answer: not tried again, the next one would see the same request."""
     TIMEOUT = "timeout"
@@ -36,6 +38,11 @@ class Fault(StrEnum):
     def is_free(self) -> bool:
         """Whether trying elsewhere costs no worker anything."""
         return self is Fault.REFUSED or self is Fault.SATURATED
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the worker may have died."""
+        return self is Fault.LOST or self is Fault.CUT
 
     @property
     def is_final(self) -> bool:

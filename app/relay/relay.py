@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 import msgspec
 
-from app.errors import GatewayError, RequestQuarantined, UpstreamBadResponse, WorkerLost
+from app.errors import GatewayError, NoHealthyWorker, RequestQuarantined, UpstreamBadResponse, WorkerLost
 from app.inference import InferenceRequest, TokenUsage
 from app.relay.answer import JSON_TYPE, SSE_TYPE, Answer, BegunStream, StreamedAnswer, WholeAnswer
 from app.relay.dialect import usage_of_answer
@@ -124,7 +124,7 @@ class Relay:
             self._refuse_quarantined(suspect)
             if not failure.fault.is_free:
                 if retried or failure.fault.is_final or not budget.take(self._clock()):
-                    raise failure.error
+                    raise self._last_word(failure, candidates, worker)
                 retried = True
             self._metrics.retries.labels(failure.fault).inc()
             await slot.move(self._elsewhere(candidates, worker, failure.fault))
@@ -179,7 +179,7 @@ class Relay:
             raise AttemptFailed(Fault.GARBAGE, error) from None
         except WorkerLost as error:
             error.retry_after_s = 1
-            raise AttemptFailed(Fault.LOST, error) from None
+            raise AttemptFailed(Fault.CUT if connection.has_body_begun else Fault.LOST, error) from None
         except GatewayError as error:
             raise AttemptFailed(Fault.TIMEOUT, error) from None
         if status != 200:
@@ -204,7 +204,7 @@ class Relay:
             self._registry.change(worker, transitions.saturated(worker.condition, self._clock(), rest_s))
         else:
             self._failed(worker, reason)
-            if failure.fault is Fault.LOST and await self._upstreams[worker.id].refuses():
+            if failure.fault.is_loss and await self._upstreams[worker.id].refuses():
                 self._registry.change(worker, transitions.refused(worker.condition, "it died at work"))
 
     def _failed(self, worker: Worker, reason: str) -> None:
@@ -218,9 +218,18 @@ class Relay:
     def _elsewhere(self, candidates: tuple[str, ...], worker: Worker, fault: Fault) -> tuple[str, ...]:
         """Where to try again: on the same worker only if it has to be, or if all that it needed was a rest."""
         others = tuple(other for other in candidates if other != worker.id)
-        if fault is not Fault.SATURATED and any(self._registry[other].condition.serves for other in others):
+        if fault is not Fault.SATURATED and self._serves_besides(candidates, worker):
             return others
         return (*others, worker.id)
+
+    def _serves_besides(self, candidates: tuple[str, ...], worker: Worker) -> bool:
+        return any(self._registry[other].condition.serves for other in candidates if other != worker.id)
+
+    def _last_word(self, failure: AttemptFailed, candidates: tuple[str, ...], worker: Worker) -> GatewayError:
+        """What the client hears when there is no other attempt: of a lost worker, whether any is left."""
+        if failure.fault is Fault.LOST and not self._serves_besides(candidates, worker):
+            return NoHealthyWorker("The only worker of this model was lost. Please try again later.", retry_after_s=1)
+        return failure.error
 
     async def _rest(self, worker: Worker) -> None:
         """With a shared queue a slot may come up on a worker that only this process knows to be full or gone."""

@@ -2,7 +2,8 @@
 
 A general client costs more CPU per chunk than everything else the gateway does, so this one does only what a relay
 needs: one request with a known length, one response framed by content-length or chunks, back-pressure by pausing the
-read, connections kept alive. Whatever is not exactly that is an error, and its connection is never used again.
+read, connections kept alive. Whatever is not exactly that is an error, and its connection is never used again. TLS is
+the event loop's: the same protocol on another transport.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Self, cast
 import httptools
 
 from app.catalogue import WorkerAddress
+from app.credentials import tls_failure
 from app.errors import GatewayError, UpstreamBadResponse, UpstreamStalled, UpstreamTimeout, WorkerLost
 from app.settings import Relay as Limits
 from app.workers.worker import Progress
@@ -283,18 +285,15 @@ class Upstream:
         self._idle: deque[Connection] = deque()
         self._sweep: asyncio.TimerHandle | None = None
         self._is_closed = False
-        self._host = address.id.encode()
+        self._fixed = b"host: %s\r\ncontent-type: application/json\r\n" % address.id.encode()
+        if address.api_key:
+            self._fixed += b"authorization: Bearer %s\r\n" % address.api_key.encode()
 
     async def send(self, path: str, headers: tuple[Header, ...], body: bytes) -> Exchange:
         """Send a POST of JSON. Raises ConnectFailed."""
         connection = self._take_idle() or await self._connect()
         lines = b"".join([b"%s: %s\r\n" % header for header in headers])
-        head = b"POST %s HTTP/1.1\r\nhost: %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%s\r\n" % (
-            path.encode(),
-            self._host,
-            len(body),
-            lines,
-        )
+        head = b"POST %s HTTP/1.1\r\n%scontent-length: %d\r\n%s\r\n" % (path.encode(), self._fixed, len(body), lines)
         connection.start(head, body)
         self._carrying.add(connection)
         return Exchange(connection, self)
@@ -345,16 +344,20 @@ class Upstream:
         return None
 
     async def _connect(self) -> Connection:
-        loop = asyncio.get_running_loop()
+        loop, address = asyncio.get_running_loop(), self._address
         try:
             async with asyncio.timeout(self._limits.connect_timeout_s):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(loop, self._limits, self._progress), self._address.host, self._address.port
+                    lambda: Connection(loop, self._limits, self._progress),
+                    address.host,
+                    address.port,
+                    ssl=address.tls,
+                    server_hostname=None if address.tls is None else address.server_name or address.host,
                 )
         except TimeoutError:
             raise ConnectFailed(f"no connection within {self._limits.connect_timeout_s} s") from None
         except OSError as error:
-            raise ConnectFailed(error.strerror or str(error)) from error
+            raise ConnectFailed(tls_failure(error) or error.strerror or str(error)) from error
         return connection
 
     def _close_stale(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from app.errors import GatewayError, InvalidRequest, QueueTimeout, Unavailable
+from app.errors import Draining, GatewayError, InvalidRequest, QueueTimeout, Unavailable
 from app.inference import Band, InferenceRequest, Outcome, TokenUsage
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics, Series
@@ -16,6 +16,8 @@ from app.telemetry.metrics import Metrics, Series
 Clock = Callable[[], float]
 
 UNRESOLVED = ""
+CLIENT_GONE = "client_gone"
+CLIENT_STALLED = "client_stalled"
 TTFT_WEIGHT = 0.2
 TTFT_KEPT_S = 10.0
 
@@ -175,7 +177,10 @@ class Account:
 
 
 def outcome_of(cause: BaseException | None) -> Outcome:
-    """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it."""
+    """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it.
+
+    Why a request was cancelled only who watches it knows: the cancellation carries the code as its message.
+    """
     match cause:
         case None:
             return Outcome.COMPLETED
@@ -183,21 +188,23 @@ def outcome_of(cause: BaseException | None) -> Outcome:
             return Outcome.EXPIRED
         case InvalidRequest() | Unavailable():
             return Outcome.REJECTED
+        case asyncio.CancelledError(args=(code,)):
+            return {CLIENT_STALLED: Outcome.CLIENT_STALLED, Draining.code: Outcome.FAILED}.get(code, Outcome.CANCELLED)
         case asyncio.CancelledError():
-            return Outcome.FAILED if cause.args else Outcome.CANCELLED
+            return Outcome.CANCELLED
         case _:
             return Outcome.FAILED
 
 
 def code_of(cause: BaseException | None) -> str:
-    """The `code` label: a GatewayError's own, what a cancellation says or else `client_gone`, empty for a good end."""
+    """The `code` label: a GatewayError's own, what a cancellation says, empty for a good end."""
     match cause:
         case None:
             return ""
         case GatewayError():
             return cause.code
         case asyncio.CancelledError():
-            return str(cause.args[0]) if cause.args else "client_gone"
+            return str(cause.args[0]) if cause.args else CLIENT_GONE
         case _:
             return GatewayError.code
 
@@ -217,6 +224,7 @@ class RequestsLog:
         self._log.info(
             "request",
             request_id=request.id,
+            client_request_id=request.client_id,
             route=request.route.value,
             model=request.resolved_model,
             variant=account.variant,

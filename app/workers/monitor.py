@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
 
+from app.catalogue import WorkerAddress
+from app.credentials import tls_failure
 from app.inference import Route
 from app.settings import Health
 from app.workers import worker as transitions
@@ -61,10 +64,14 @@ class Monitor:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            client = await stack.enter_async_context(
-                httpx.AsyncClient(timeout=self._settings.probe_timeout_s, trust_env=False)
-            )
-            tasks = [asyncio.create_task(self._watch(client, worker)) for worker in self._registry]
+            clients = [
+                await stack.enter_async_context(_client(worker.address, self._settings.probe_timeout_s))
+                for worker in self._registry
+            ]
+            tasks = [
+                asyncio.create_task(self._watch(client, worker))
+                for client, worker in zip(clients, self._registry, strict=True)
+            ]
             try:
                 yield
             finally:
@@ -111,14 +118,20 @@ class Monitor:
                 await self._suspect(client, worker)
         except NotProven as error:
             self._change(worker, transitions.unproven(worker.condition, str(error)))
-        except httpx.ConnectError as error:
-            self._change(worker, transitions.refused(worker.condition, str(error)[:REASON_CHARS]))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            reason = str(error) or type(error).__name__
+            self._unanswered(worker, error)
+
+    def _unanswered(self, worker: Worker, error: Exception) -> None:
+        reason = (str(error) or type(error).__name__)[:REASON_CHARS]
+        distrust = tls_failure(error) or _hung_up(worker, error)
+        if distrust is not None:
+            # Something listens, so nothing died there; it is not what the configuration says, so it gets no work.
+            self._change(worker, transitions.unproven(worker.condition, distrust[:REASON_CHARS]))
+        elif isinstance(error, httpx.ConnectError):
+            self._change(worker, transitions.refused(worker.condition, reason))
+        else:
             worker.load = None
-            self._change(
-                worker, transitions.missed(worker.condition, reason[:REASON_CHARS], self._settings.probe_misses)
-            )
+            self._change(worker, transitions.missed(worker.condition, reason, self._settings.probe_misses))
 
     def _change(self, worker: Worker, condition: transitions.Condition) -> None:
         self._registry.change(worker, condition)
@@ -139,14 +152,14 @@ class Monitor:
             worker.progress.heard = self._clock()
 
     async def _probe(self, client: httpx.AsyncClient, worker: Worker) -> None:
-        response = await client.get(f"http://{worker.id}/health")
+        response = await client.get("/health")
         response.raise_for_status()
         self._change(worker, transitions.probed(worker.condition))
 
     async def _prove(self, client: httpx.AsyncClient, worker: Worker) -> None:
         """Ready means: serves the model we think it serves, and has just generated a token of it."""
         served = worker.address.served_model
-        models = await client.get(f"http://{worker.id}/v1/models")
+        models = await client.get("/v1/models")
         entries = [entry for entry in _list(_object(models).get("data")) if isinstance(entry, dict)]
         mine = next((entry for entry in entries if entry.get("id") == served), None)
         if mine is None:
@@ -162,7 +175,7 @@ class Monitor:
         for route, fields in CANARIES:
             body = {"model": worker.address.served_model, **fields}
             try:
-                response = await client.post(f"http://{worker.id}{route}", json=body, timeout=timeout_s)
+                response = await client.post(route, json=body, timeout=timeout_s)
             except httpx.ReadTimeout:
                 raise NotProven(f"one token asked, none came within {timeout_s:g} s") from None
             if response.status_code != httpx.codes.NOT_FOUND:
@@ -176,7 +189,7 @@ class Monitor:
         try:
             async with (
                 asyncio.timeout(self._settings.probe_timeout_s),
-                client.stream("GET", f"http://{worker.id}/metrics") as response,
+                client.stream("GET", "/metrics") as response,
             ):
                 text = await _bounded_text(response, METRICS_MAX_BYTES)
             worker.load = parse_engine_load(text) if response.is_success else None
@@ -190,6 +203,33 @@ class Monitor:
 
     def _held_on(self, worker: Worker) -> int:
         return max(worker.in_flight, self._held(worker.id) if self._held is not None else 0)
+
+
+def _client(address: WorkerAddress, timeout_s: float) -> httpx.AsyncClient:
+    """A client of this worker alone: its certificates and its key are never shown to another server."""
+    # A context that trusts nobody: from a plain address nothing leads to TLS that was not asked for.
+    context = address.tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    headers = {"authorization": f"Bearer {address.api_key}"} if address.api_key else {}
+    client = httpx.AsyncClient(
+        base_url=address.url, verify=context, headers=headers, timeout=timeout_s, trust_env=False
+    )
+    if address.server_name is not None:
+        client.event_hooks["request"] = [_naming(address.server_name)]
+    return client
+
+
+def _hung_up(worker: Worker, error: Exception) -> str | None:
+    """In TLS 1.3 a server judges its client after the handshake, and many say nothing when they hang up."""
+    if worker.address.tls is None or worker.condition.serves or not isinstance(error, httpx.RemoteProtocolError):
+        return None
+    return "TLS: hung up after the handshake; it may want another client certificate"
+
+
+def _naming(server_name: str) -> Callable[[httpx.Request], Awaitable[None]]:
+    async def name(request: httpx.Request) -> None:
+        request.extensions["sni_hostname"] = server_name
+
+    return name
 
 
 async def _bounded_text(response: httpx.Response, limit_bytes: int) -> str:

@@ -56,7 +56,10 @@ class EventStream:
         """End the stream as vLLM does when the engine fails: an error event, `[DONE]`, an orderly end."""
         # This one event is written by json.dumps: spaces, escaped.
         await self._write(self._frame(json.dumps(error).encode(), None))
-        await self._write(self._frame(DONE, None))
+        if "late_event_after_error" in self._faults:
+            await self._write(self._frame(self._last, None))
+        if "no_done" not in self._faults:
+            await self._write(self._frame(DONE, None))
         await self._exchange.end()
 
     async def send(self, payload: bytes, name: str | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 from contextlib import suppress
 from types import TracebackType
@@ -16,10 +17,11 @@ class FaultProxy:
     """Listens on a free port of 127.0.0.1 and carries bytes to `port` there, as its faults allow.
 
     `latency_s` delays each direction. While `is_silent`, connections open and nothing passes. Its faults hold for
-    connections that are open and for those to come.
+    connections that are open and for those to come. With `tls` its clients speak TLS to it, as to a server that does.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._target = port
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -32,7 +34,7 @@ class FaultProxy:
         self.replies_dropped = 0
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -48,7 +50,7 @@ class FaultProxy:
     @property
     def url(self) -> str:
         """As the address of a Redis server."""
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"{'redis' if self._tls is None else 'rediss'}://127.0.0.1:{self.port}/0"
 
     def fall_silent(self) -> None:
         """A partition: bytes are taken and go nowhere."""

@@ -40,6 +40,7 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "no_done": "an orderly end without [DONE]",
         "error_event": "an error event and [DONE] as vLLM sends them when generation fails, after n events (default 2)",
         "late_event_after_done": "one more content event behind [DONE]",
+        "late_event_after_error": "one more content event behind the error of `error_event`",
         "huge_event": "one event (or body) of this many bytes, default 2 MiB",
         "split_utf8": "multi-byte characters are cut between HTTP chunks",
         "one_byte_chunks": "every byte is its own HTTP chunk",

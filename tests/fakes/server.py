@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -255,10 +256,10 @@ class Server:
         if not task.cancelled() and (failure := task.exception()) is not None:
             self._failures.append(failure)
 
-    async def start(self, host: str, port: int) -> int:
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Listen and return the port; port 0 takes a free one. Raises OSError when the port is taken."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(lambda: Connection(self), host, port, backlog=2048)
+        self._listener = await loop.create_server(lambda: Connection(self), host, port, backlog=2048, ssl=tls)
         bound: int = self._listener.sockets[0].getsockname()[1]
         return bound
 

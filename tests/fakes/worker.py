@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -42,7 +43,7 @@ class FakeWorker:
 
     `task` is generate, embed or score; `max_num_queued_reqs`, `prompt_tokens_details`, `request_id_headers` and
     `server_load_tracking` are vLLM's flags of the like name, off by default as there. `kill` is what a query of death
-    does, by default `crash`.
+    does, by default `crash`. With `tls` it speaks HTTPS.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class FakeWorker:
         request_id_headers: bool = False,
         server_load_tracking: bool = False,
         kill: Callable[[], None] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.host = host
         self.port = port
         self.crashed = False
+        self._tls = tls
         options = Options(
             task=task,
             max_model_len=max_model_len,
@@ -90,7 +93,7 @@ class FakeWorker:
         """Listen, on the same port as before if it ran before. Raises OSError when the port is taken."""
         self._state.boot()
         self.crashed = False
-        self.port = await self._server.start(self.host, self.port)
+        self.port = await self._server.start(self.host, self.port, self._tls)
 
     async def stop(self) -> None:
         """Stop listening, reset all connections, wait for all handlers. Safe to call twice.
@@ -120,7 +123,7 @@ class FakeWorker:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"{'http' if self._tls is None else 'https'}://{self.host}:{self.port}"
 
     @property
     def counts(self) -> Counts:

@@ -11,6 +11,8 @@ COMPLETIONS = "/v1/completions"
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 EMBEDDINGS = "/v1/embeddings"
+SCORE = "/v1/score"
+RERANK = "/v1/rerank"
 
 HOST = b"host: x\r\n"
 JSON = b"content-type: application/json\r\n"

@@ -20,7 +20,6 @@ LIMITS: dict[str, Any] = {
     "body_timeout_s": 1.0,
     "body_grace_s": 0.5,
     "body_bytes": 8 * 1024 * 1024,
-    "keep_request_ids": False,
 }
 
 

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from tests.hostile.case import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES, Case, asking
+from tests.hostile.case import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RERANK, RESPONSES, SCORE, Case, asking
 
 VALUE, REFUSED = "invalid_value", "unsupported_parameter"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -58,6 +58,8 @@ def _engine() -> Iterator[Case]:
     for kind in ("image_embeds", "audio_embeds"):
         parts = [{"role": "user", "content": [{"type": kind, kind: "AAAA"}]}]
         yield bad("B50", {"messages": parts}, f"messages[0].content[0].{kind}", code=REFUSED, what=kind)
+    tensor = {"messages": [{"role": "user", "content": [{"type": "prompt_embeds", "data": "AAAA"}]}]}
+    yield bad("B50", tensor, "messages[0].content[0].type", code=REFUSED, what="prompt_embeds as a part")
     yield bad("B51", {"chat_template": "{{ 1 }}"}, "chat_template", code=REFUSED)
     for name in ("chat_template", "tokenize"):
         fields = {"chat_template_kwargs": {name: "x"}}
@@ -69,6 +71,9 @@ def _engine() -> Iterator[Case]:
     for name in ("kv_transfer_params", "ec_transfer_params", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"):
         yield bad("B55", {name: {"x": 1}}, name, code=REFUSED)
     yield bad("B55", {"bad_words": ["x"] * 1_000}, "bad_words", what="1,000 bad_words")
+    yield bad("B55", {"logprob_token_ids": [1] * 129}, "logprob_token_ids", what="129 logprob_token_ids")
+    yield bad("B55", {"background": True}, "background", RESPONSES, REFUSED)
+    yield bad("B55", {"previous_response_id": "resp_x"}, "previous_response_id", RESPONSES, REFUSED)
     for name in ("cache_salt", "priority", "request_id", "session_id"):
         yield Case("B54" if name == "cache_salt" else "B55", f"{name} is removed", asking({name: "x"}), (200,))
 
@@ -128,6 +133,13 @@ def _media() -> Iterator[Case]:
     yield bad("B56", {"input": remote}, "input[0].content[0].image_url", RESPONSES, what="input_image")
     source = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
     yield bad("B56", _messages(source), "messages[0].content[0].source", MESSAGES, what="image source")
+    scored = {"content": [_image("http://127.0.0.1/")]}
+    yield bad("B56", {"data_1": scored, "data_2": "x"}, "data_1.content[0].image_url", SCORE, what="one scored image")
+    yield bad("B56", {"query": scored, "documents": ["x"]}, "query.content[0].image_url", RERANK, what="image as query")
+    for part in ({"type": "image_url", "image_url": None}, {"image_url": {"url": "data:image/gif;base64,AA=="}}):
+        named = _messages({**part, "uuid": "logo"})
+        what = f"an image by its name in the worker's cache, with{'' if part['image_url'] else 'out'} content"
+        yield bad("B57", named, "messages[0].content[0].uuid", code=REFUSED, what=what)
     tiny = "data:image/gif;base64,R0lGODdhAQABAA=="
     yield bad("B57", _messages(*[_image(tiny)] * 17), "messages", what="17 images")
     head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 60_000, 60_000) + b"\x08\x06\0\0\0"

@@ -80,7 +80,8 @@ async def test_a_front_passes_on_what_it_should(fortress: Fortress, tmp_path: Pa
     async with in_front(name, tmp_path, fortress.gateway.port) as client:
         answer = await client.post(CHAT, content=GOOD, headers=json_type)
         assert answer.status_code == 200
-        assert len(answer.headers["x-request-id"]) == 32
+        assert answer.headers["x-request-id"] == "theirs"
+        assert len(answer.headers["x-sluice-request-id"]) == 32
         assert answer.headers["strict-transport-security"]
         streamed = await client.post(CHAT, content=GOOD[:-1] + b',"stream":true}', headers=json_type)
         assert events(streamed.content)[-1].data == "[DONE]"

@@ -29,13 +29,13 @@ def ticket(*candidates: str, band: Band = Band.DEFAULT, tenant: str = "t", deadl
 
 @asynccontextmanager
 async def replica(
-    url: str, slots: int | dict[str, int] = 1, *, replicas: int = 1, **limits: object
+    server: str | settings.Redis, slots: int | dict[str, int] = 1, *, replicas: int = 1, **limits: object
 ) -> AsyncIterator[RedisAdmission]:
     """A running admission whose leases live for a second and a half, unless told otherwise."""
     configured = settings.Admission(**{"lease_s": 1.5, **limits})
     admission = RedisAdmission(
         configured,
-        settings.Redis(url=url),
+        settings.Redis(url=server) if isinstance(server, str) else server,
         replicas,
         Metrics(CollectorRegistry()),
         open_log(settings.Logs(level="error")),

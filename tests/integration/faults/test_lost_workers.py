@@ -50,6 +50,35 @@ async def test_f01_killed_with_no_other_worker_is_said_soon(pool: MakePool) -> N
         assert told.error.retry_after_s
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("others", [0, 1])
+async def test_f01_lost_twice_with_no_other_worker_is_no_worker(pool: MakePool, stream: bool, others: int) -> None:
+    """Its port is open, it only drops what it is sent; the others, if any, are down."""
+    only, *down = await pool(1 + others)
+    async with house(only, *down) as home:
+        for worker in down:
+            await worker.stop()
+            await home.becomes(worker, State.LOST)
+        only.inject("die_before_byte")
+        began = time.monotonic()
+        told = await home.ask(stream=stream)
+        assert time.monotonic() - began < 3
+        assert isinstance(told.error, NoHealthyWorker)
+        assert (told.error.status, told.error.retry_after_s, told.parts) == (503, 1, [])
+        assert (attempts(only), spent(home)) == (2, 1)
+
+
+async def test_f01_lost_twice_while_another_worker_serves_is_a_lost_worker(pool: MakePool) -> None:
+    workers = await pool(2)
+    async with house(*workers) as home:
+        for worker in workers:
+            worker.inject("die_before_byte")
+        told = await home.ask()
+        assert told.error is not None
+        assert (told.code, told.error.status, told.error.retry_after_s) == ("worker_lost", 502, 1)
+        assert [attempts(worker) for worker in workers] == [1, 1]
+
+
 async def test_f02_killed_in_a_stream_ends_it_honestly(pool: MakePool) -> None:
     first, second = await pool(2)
     async with house(first, second) as home:

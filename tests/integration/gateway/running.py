@@ -78,10 +78,8 @@ class GatewayProcess:
         listeners: dict[str, Any] = {"listen": {"port": self.port, **settings.pop("listen", {})}}
         if admin:
             listeners["admin"] = {"port": self.admin_port}
-        # Two answers can only be compared byte for byte when the client chose the id that is in them.
-        limits = {"keep_request_ids": True, **settings.pop("limits", {})}
         defaults = {"drain_notice_s": 0, "logs": {"requests": "all"}, "health": {"probe_interval_s": 0.2}}
-        config = {**defaults, **settings, "limits": limits, **listeners}
+        config = {**defaults, **settings, **listeners}
         self._config = directory / "gateway.yaml"
         self._config.write_text(yaml.safe_dump({**config, "models": list(models)}), encoding="utf-8")
         self._process: Process | None = None

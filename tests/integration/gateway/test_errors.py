@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.integration.gateway.asking import CHAT, COMPLETIONS, chat
@@ -221,26 +223,72 @@ async def test_an_unknown_model_of_the_list(gateway: GatewayProcess) -> None:
     assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
 
 
+MINTED = re.compile("[0-9a-f]{32}")
+
+
+def logged(gateway: GatewayProcess, request_id: str) -> dict[str, str]:
+    """The ids in the log's line on the request that was given this one."""
+    line = json.loads(gateway.process.wait_for_line(f'"request_id": ?"{request_id}"', 5))
+    return {name: line[name] for name in ("request_id", "client_request_id")}
+
+
 @pytest.mark.parametrize("given", ["a", "req_0123456789-ABC", "x" * 64])
-async def test_a_harmless_request_id_is_kept(house: House, given: str) -> None:
+async def test_a_harmless_request_id_comes_back_and_never_reaches_the_worker(house: House, given: str) -> None:
     answer = await house.gateway.http.post(CHAT, json=chat(), headers={"x-request-id": given})
     assert answer.headers.get_list("x-request-id") == [given]
-    assert answer.json()["id"] == f"chatcmpl-{given}"
-    assert house.worker.requests[-1].headers["x-request-id"] == given
+    (minted,) = answer.headers.get_list("x-sluice-request-id")
+    assert MINTED.fullmatch(minted)
+    assert answer.json()["id"] == f"chatcmpl-{minted}"
+    assert house.worker.requests[-1].headers["x-request-id"] == minted
+    found = await asyncio.to_thread(logged, house.gateway, minted)
+    assert found == {"request_id": minted, "client_request_id": given}
     failed = await house.gateway.http.post(CHAT, content=b"{", headers={**JSON, "x-request-id": given})
     assert failed.headers["x-request-id"] == given
+    assert failed.headers["x-sluice-request-id"] not in ("", minted)
 
 
-@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "http://10.0.0.1/", "a\tb", "é"])
-async def test_any_other_request_id_is_replaced(house: House, given: str) -> None:
-    headers = {b"x-request-id": given.encode()}
-    ids = set()
+async def test_a_client_request_id_as_openai_has_it_is_only_logged(house: House) -> None:
+    answer = await house.gateway.http.post(CHAT, json=chat(), headers={"x-client-request-id": "order-17"})
+    minted = answer.headers["x-request-id"]
+    assert MINTED.fullmatch(minted)
+    assert "x-sluice-request-id" not in answer.headers
+    found = await asyncio.to_thread(logged, house.gateway, minted)
+    assert found == {"request_id": minted, "client_request_id": "order-17"}
+
+
+async def test_a_request_id_that_comes_back_is_the_one_in_the_log(house: House) -> None:
+    given = {"x-client-request-id": "order-18", "x-request-id": "front-1"}
+    answer = await house.gateway.http.post(CHAT, json=chat(), headers=given)
+    found = await asyncio.to_thread(logged, house.gateway, answer.headers["x-sluice-request-id"])
+    assert found["client_request_id"] == answer.headers["x-request-id"] == "front-1"
+
+
+async def test_two_clients_that_choose_one_id_are_two_requests_to_the_worker(house: House) -> None:
     for _ in range(2):
-        answer = await house.gateway.http.post(CHAT, json=chat(), headers=headers)
-        ids.add(answer.headers["x-request-id"])
-        assert house.worker.requests[-1].headers["x-request-id"] == answer.headers["x-request-id"]
-    assert len(ids) == 2
-    assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in ids)
+        await house.gateway.http.post(CHAT, json=chat(), headers={"x-request-id": "chosen"})
+    first, second = house.worker.requests[-2:]
+    assert first.headers["x-request-id"] != second.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("name", ["x-request-id", "x-client-request-id"])
+@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "http://10.0.0.1/", "a\tb", "é"])
+async def test_any_other_request_id_is_left_out(house: House, given: str, name: str) -> None:
+    answer = await house.gateway.http.post(CHAT, json=chat(), headers={name.encode(): given.encode()})
+    await only_minted(house, answer)
+
+
+async def test_two_request_ids_are_none(house: House) -> None:
+    headers = [("x-request-id", "one"), ("x-request-id", "two")]
+    await only_minted(house, await house.gateway.http.post(CHAT, json=chat(), headers=headers))
+
+
+async def only_minted(house: House, answer: httpx.Response) -> None:
+    (minted,) = answer.headers.get_list("x-request-id")
+    assert MINTED.fullmatch(minted)
+    assert "x-sluice-request-id" not in answer.headers
+    assert house.worker.requests[-1].headers["x-request-id"] == minted
+    found = await asyncio.to_thread(logged, house.gateway, minted)
+    assert found == {"request_id": minted, "client_request_id": ""}
 
 
 async def test_good_answers_have_a_request_id_too(gateway: GatewayProcess) -> None:

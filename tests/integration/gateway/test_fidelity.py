@@ -50,16 +50,13 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-async def both(
-    house: House, path: str, body: dict[str, Any], request_id: str = "same"
-) -> tuple[httpx.Response, httpx.Response]:
-    """The worker's own answer, and the one that came through the gateway."""
-    headers = {"x-request-id": request_id}
+async def both(house: House, path: str, body: dict[str, Any], **more: Any) -> tuple[httpx.Response, httpx.Response]:
+    """The worker's own answer, asked under the id that the gateway gave the request, and the one that came through the
+    gateway; the worker is asked for `more`."""
+    relayed = await house.gateway.http.post(path, json=body)
+    headers = {"x-request-id": relayed.headers["x-request-id"]}
     async with httpx.AsyncClient(base_url=house.worker.url, timeout=10) as direct:
-        return (
-            await direct.post(path, json=body, headers=headers),
-            await house.gateway.http.post(path, json=body, headers=headers),
-        )
+        return await direct.post(path, json={**body, **more}, headers=headers), relayed
 
 
 @pytest.mark.parametrize("fault", ["", *ODD_BUT_LEGAL])
@@ -75,8 +72,7 @@ async def test_odd_but_legal_streams_arrive_as_they_were_sent(house: House, faul
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_of_a_stream_only_the_usage_that_nobody_asked_for_is_missing(house: House, path: str, fault: str) -> None:
     body = {**BODIES["chat" if path == CHAT else "completion"][1], "stream": True, "x_fault": fault}
-    _, relayed = await both(house, path, body)
-    direct, _ = await both(house, path, {**body, "stream_options": {"include_usage": True}})
+    direct, relayed = await both(house, path, body, stream_options={"include_usage": True})
     expected = [event for event in events(unstamped(direct.content)) if event.data == DONE or event.json["choices"]]
     assert events(unstamped(relayed.content)) == expected
     assert len(expected) == len(events(direct.content)) - 1
@@ -157,9 +153,11 @@ async def test_fields_that_are_the_gateways_own_are_left_out(house: House) -> No
 async def test_no_header_of_a_client_reaches_the_worker_but_the_trace(house: House) -> None:
     trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b"}
     private = {"authorization": "Bearer secret", "cookie": "a=b", "x-forwarded-for": "10.0.0.1", "accept": "*/*"}
-    await house.gateway.http.post(CHAT, json=chat(), headers={**trace, **private, "x-request-id": "mine"})
+    given = {**trace, **private, "x-request-id": "mine", "x-client-request-id": "mine too"}
+    answer = await house.gateway.http.post(CHAT, json=chat(), headers=given)
     headers = house.worker.requests[-1].headers
-    assert headers.items() >= {**trace, "x-request-id": "mine", "host": f"127.0.0.1:{house.worker.port}"}.items()
+    assert headers.items() >= {**trace, "host": f"127.0.0.1:{house.worker.port}"}.items()
+    assert headers["x-request-id"] == answer.headers["x-sluice-request-id"]
     assert headers.keys() == {*trace, "x-request-id", "host", "content-type", "content-length"}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.reading import DONE, Event, events
 from tests.fakes.worker import FakeWorker
-from tests.integration.gateway.asking import CHAT, MESSAGES, RESPONSES, chat, unstamped
+from tests.integration.gateway.asking import CHAT, MESSAGES, RESPONSES, chat, minted_id, renamed, unstamped
 from tests.integration.gateway.conftest import House, ShortTempered
 from tests.integration.gateway.running import GatewayProcess
 from tests.integration.gateway.wire import connected, dechunked
@@ -22,13 +22,13 @@ USAGE = {"include_usage": True}
 
 
 async def stream_of(url: str, body: dict[str, Any], path: str = CHAT) -> tuple[list[Event], bool]:
-    """The events of a stream, and whether its HTTP body was ended in order."""
+    """The events of a stream, as if it had been asked for as `same`, and whether its HTTP body was ended in order."""
     async with connected(url) as wire:
         await wire.post(path, {**body, "stream": True}, {"content-type": "application/json", "x-request-id": "same"})
         head = await wire.until(b"\r\n\r\n")
         assert b" 200 " in head
         content, in_order = dechunked(await wire.rest() if b"connection: close" in head else await whole(wire))
-    return events(unstamped(content)), in_order
+    return events(unstamped(renamed(content, minted_id(head.decode())))), in_order
 
 
 async def whole(wire: Any) -> bytes:
@@ -101,6 +101,27 @@ async def test_an_error_event_of_the_worker_is_relayed_and_counted_as_a_failure(
     await house.gateway.metric("sluice_requests_total", before + 1, outcome="failed", code="worker_lost")
 
 
+async def test_what_follows_an_error_event_of_the_worker_is_relayed_up_to_its_end(house: House) -> None:
+    """The error is an event like any other: only `[DONE]` ends a stream, and only if the worker sends it."""
+    body = chat("".join(WORDS), stream_options=USAGE)
+    expected = await sent_by(house.worker, body)
+    before = (await house.gateway.scrape()).sum("sluice_requests_total", outcome="failed", code="worker_lost")
+    got, in_order = await stream_of(house.gateway.url, {**body, "x_fault": "error_event:3+late_event_after_error"})
+    assert got[:3] == expected[:3]
+    assert got[3].json["error"]["type"] == "InternalServerError"
+    assert got[4] == expected[2]
+    assert (got[5].data, len(got), in_order) == (DONE, 6, True)
+    await house.gateway.metric("sluice_requests_total", before + 1, outcome="failed", code="worker_lost")
+
+
+async def test_a_stream_that_breaks_behind_the_workers_own_error_event_gets_no_second_one(house: House) -> None:
+    before = (await house.gateway.scrape()).sum("sluice_requests_total", outcome="failed", code="worker_lost")
+    got, in_order = await stream_of(house.gateway.url, chat("".join(WORDS), x_fault="error_event:3+no_done"))
+    assert got[3].json["error"]["type"] == "InternalServerError"
+    assert (len(got), in_order) == (4, False)
+    await house.gateway.metric("sluice_requests_total", before + 1, outcome="failed", code="worker_lost")
+
+
 async def test_nothing_follows_the_end(house: House) -> None:
     body = chat("".join(WORDS), stream_options=USAGE)
     expected = await sent_by(house.worker, body)
@@ -134,7 +155,7 @@ async def test_other_apis_hear_of_the_break_in_their_own_words(house: House, pat
         ("error_event", 502, "worker_lost"),
         ("fast_500", 502, "worker_lost"),
         ("draining_500", 502, "worker_lost"),
-        ("die_before_byte", 502, "worker_lost"),
+        ("die_before_byte", 503, "no_healthy_worker"),
     ],
 )
 async def test_a_broken_whole_answer_is_an_honest_error(house: House, fault: str, status: int, code: str) -> None:
@@ -148,10 +169,12 @@ async def test_a_broken_whole_answer_is_an_honest_error(house: House, fault: str
         assert 1 <= int(answer.headers["retry-after"]) <= 60
 
 
-@pytest.mark.parametrize("fault", ["garbage", "html200", "die_before_byte", "fast_500"])
-async def test_a_stream_that_never_began_is_an_honest_status(house: House, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "status"), [("garbage", 502), ("html200", 502), ("die_before_byte", 503), ("fast_500", 502)]
+)
+async def test_a_stream_that_never_began_is_an_honest_status(house: House, fault: str, status: int) -> None:
     answer = await house.gateway.http.post(CHAT, json=chat(stream=True, x_fault=fault))
-    assert answer.status_code == 502
+    assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
 
 

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.fakes.reading import DONE, Event, events
 from tests.fakes.worker import FakeWorker
-from tests.integration.gateway.asking import CHAT, COMPLETIONS, chat, unstamped
+from tests.integration.gateway.asking import CHAT, COMPLETIONS, chat, minted_id, renamed, unstamped
 from tests.integration.gateway.running import GatewayProcess, model
 from tests.integration.gateway.wire import connected, dechunked
 
@@ -92,7 +92,7 @@ async def stream(url: str, path: str, body: dict[str, Any]) -> tuple[list[Event]
         except asyncio.IncompleteReadError as cut:
             content, in_order = dechunked(cut.partial)
     told = next((line.partition(": ")[2] for line in head.split("\r\n") if line.startswith("x-sluice-resume")), "")
-    return events(unstamped(content)), in_order, told
+    return events(unstamped(renamed(content, minted_id(head)))), in_order, told
 
 
 async def whole(home: House, path: str, body: dict[str, Any]) -> list[Event]:

@@ -70,7 +70,7 @@ async def test_a_client_that_reads_slowly_gets_everything(house: House) -> None:
 async def test_a_client_that_stalls_is_cut_off_and_its_slot_is_free(short: ShortTempered) -> None:
     limit = SHORT["relay"]["client_stall_timeout_s"]
     aborted = short.worker.counts.aborted
-    cancelled = (await short.gateway.scrape()).sum("sluice_requests_total", outcome="cancelled")
+    before = (await short.gateway.scrape()).sum("sluice_requests_total", outcome="cancelled")
     async with connected(short.gateway.url, RECEIVE_BUFFER) as wire:
         await wire.post(CHAT, TORRENT)
         await wire.until(b"\r\n\r\n")
@@ -79,7 +79,10 @@ async def test_a_client_that_stalls_is_cut_off_and_its_slot_is_free(short: Short
         assert asyncio.get_running_loop().time() - begun > limit / 2
         await short.gateway.idle()
         assert not is_connected(short.gateway, wire), "the stalled connection outlives its request"
-    await short.gateway.metric("sluice_requests_total", cancelled + 1, outcome="cancelled")
+    await short.gateway.metric("sluice_requests_total", 1, outcome="client_stalled", code="client_stalled")
+    assert (await short.gateway.scrape()).sum("sluice_requests_total", outcome="cancelled") == before
+    line = await asyncio.to_thread(short.gateway.process.wait_for_line, '"outcome": ?"client_stalled"', 5)
+    assert '"code": "client_stalled"' in line or '"code":"client_stalled"' in line
 
 
 def is_connected(gateway: GatewayProcess, wire: Wire) -> bool:

@@ -35,7 +35,7 @@ def written(directory: Path, text: str | bytes) -> Path:
         ("", ["mapping"]),
         ("listen: {prot: 1}", ["listen.prot", "unknown key"]),
         ("listen: {port: 70000}", ["listen.port", "65535"]),
-        ("models: [{name: m, variants: [{name: v, workers: [{url: 'https://x'}]}]}]", ["url", "http://HOST:PORT"]),
+        ("models: [{name: m, variants: [{name: v, workers: [{url: 'ftp://x'}]}]}]", ["url", "http://HOST:PORT"]),
         ("models: [{name: m, variants: [{name: v, manifest: nowhere/sluice.json, workers: [{url: 'http://x:1'}]}]}]",
          ["nowhere/sluice.json", "No such file"]),
     ],

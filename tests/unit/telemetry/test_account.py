@@ -123,6 +123,9 @@ def test_the_line_in_the_log_has_the_metrics_code_and_nothing_of_the_prompt(desk
         (WorkerLost(""), Outcome.FAILED, "worker_lost"),
         (UpstreamTimeout(""), Outcome.FAILED, "upstream_timeout"),
         (asyncio.CancelledError(), Outcome.CANCELLED, "client_gone"),
+        (asyncio.CancelledError("client_gone"), Outcome.CANCELLED, "client_gone"),
+        (asyncio.CancelledError("client_stalled"), Outcome.CLIENT_STALLED, "client_stalled"),
+        (asyncio.CancelledError("draining"), Outcome.FAILED, "draining"),
         (ZeroDivisionError(), Outcome.FAILED, "internal_error"),
     ],
 )

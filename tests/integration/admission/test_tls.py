@@ -1,0 +1,84 @@
+"""Redis over TLS: used when its certificate holds, out of reach when it does not, and never spoken to in clear."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from pathlib import Path
+
+import pytest
+
+from app import settings
+from app.admission.ledger import Ledger, LedgerGone, Scripts, SharedRules
+from app.admission.roster import rules_of
+from tests.certificates import Authority
+from tests.fakes.fault_proxy import FaultProxy
+from tests.integration.admission.fleet import replica, ticket
+from tests.processes import Valkey
+
+HERE = "127.0.0.1"
+RULES = SharedRules(rules_of(settings.Admission()), lease_us=1_500_000, settle_us=0, replicas=1)
+
+
+def trusting(ours: Authority, **more: str) -> settings.Tls:
+    return settings.Tls(ca_file=ours.ca_file, **more)
+
+
+async def test_leases_are_granted_over_tls(valkey: Valkey, tmp_path: Path) -> None:
+    ours = Authority(tmp_path)
+    async with FaultProxy(valkey.port, ours.strict_server(HERE)) as server:
+        redis = settings.Redis(url=server.url, tls=trusting(ours, **ours.client()))
+        async with replica(redis) as admission:
+            assert not admission.is_degraded
+            with await admission.admit(ticket()) as lease:
+                assert lease.worker_id == "w"
+
+
+async def reason(server: FaultProxy, tls: settings.Tls | None) -> str:
+    """Why the ledger is out of reach."""
+    ledger = Ledger(settings.Redis(url=server.url, tls=tls), "r", RULES, Scripts())
+    try:
+        with pytest.raises(LedgerGone) as gone:
+            await ledger.open()
+    finally:
+        await ledger.close()
+    return str(gone.value)
+
+
+async def test_a_server_whose_certificate_does_not_hold_is_out_of_reach(valkey: Valkey, tmp_path: Path) -> None:
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    told = {
+        "TLS: unable to get local issuer certificate": (theirs.server(HERE), trusting(ours)),
+        "TLS: self-signed certificate in certificate chain": (ours.server(HERE), None),
+        "TLS: certificate has expired": (ours.server(HERE, expired=True), trusting(ours)),
+        "TLS: IP address mismatch, certificate is not valid for '127.0.0.1'.": (ours.server("other"), trusting(ours)),
+    }
+    for expected, (context, tls) in told.items():
+        async with FaultProxy(valkey.port, context) as server:
+            got = await reason(server, tls)
+            assert got == expected or (tls is None and got.startswith("TLS: "))
+
+
+async def test_nothing_is_said_in_clear(tmp_path: Path) -> None:
+    """A server without TLS at a rediss address hears a handshake, and never a command or a password."""
+    heard = bytearray()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.extend(await reader.read(4096))
+        writer.transport.abort()
+
+    async with await asyncio.start_server(listen, HERE, 0) as server:
+        url = f"rediss://user:canary@{HERE}:{server.sockets[0].getsockname()[1]}/0?ssl_cert_reqs=none"
+        ledger = Ledger(settings.Redis(url=url), "r", RULES, Scripts())
+        with pytest.raises(LedgerGone):
+            await ledger.open()
+    assert heard[:2] == b"\x16\x03"
+    assert b"canary" not in heard
+
+
+def test_the_oldest_protocol_is_tls_1_2(tmp_path: Path) -> None:
+    ours = Authority(tmp_path)
+    ledger = Ledger(settings.Redis(url="rediss://x", tls=trusting(ours)), "r", RULES, Scripts())
+    assert ledger._tls is not None
+    assert ledger._tls.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert ledger._tls.verify_mode == ssl.CERT_REQUIRED
