@@ -286,8 +286,15 @@ class StorageUnavailable(Unavailable):
 
     code = "storage_unavailable"
 
-    def __init__(self, reason: str) -> None:
-        super().__init__("The storage of files cannot take or give anything now.", retry_after_s=10)
+    def __init__(
+        self,
+        message: str = "The storage of files cannot take or give anything now.",
+        *,
+        param: str | None = None,
+        retry_after_s: float = 10,
+        reason: str = "",
+    ) -> None:
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
         self.reason = reason
 
 

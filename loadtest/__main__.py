@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import subprocess
+import tempfile
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,9 @@ from typing import TypeVar
 import click
 import uvloop
 
+from loadtest.batch_truth import TruthPlan
+from loadtest.batch_truth import figures as truth_figures
+from loadtest.batch_truth import measure as measure_truth
 from loadtest.bench import Cores, Findings, Plan, bench
 from loadtest.conversations import Workload
 from loadtest.cpu import split_cores, usable_cores
@@ -93,6 +97,23 @@ def prefix_command(rounds: int, conversations: int, kv_mib: int, output: Path | 
         raise click.ClickException(str(error)) from None
     print("\n" + prefix_figures(seen))
     _write(output or RESULTS, prefix_section(seen, plan, prefix_versions()))
+
+
+@main.command("batch-truth")
+@click.option("--lines", type=click.IntRange(1, 200_000), default=TruthPlan.lines, show_default=True)
+@click.option("--seed", type=int, default=TruthPlan.seed, show_default=True, help="What is hit, when, and how.")
+@click.option("--every", nargs=2, type=float, default=(5.0, 10.0), show_default=True, help="Seconds between hits.")
+def batch_truth_command(lines: int, seed: int, every: tuple[float, float]) -> None:
+    """A batch while workers, gateways and Valkey are killed and paused: one record for each line, or exit code 1."""
+    plan = TruthPlan(lines=lines, seed=seed, every_s=every)
+    with tempfile.TemporaryDirectory(prefix="sluice-batch-truth-") as place:
+        try:
+            truth = asyncio.run(_cancelled_by_sigterm(measure_truth(plan, Path(place))))
+        except asyncio.CancelledError:
+            raise click.Abort from None
+    print(truth_figures(truth, plan))
+    if faults := truth.faults(plan):
+        raise click.ClickException("; ".join(faults))
 
 
 def _write(file: Path, section: str) -> None:

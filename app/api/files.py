@@ -171,7 +171,7 @@ class _Form:
         except ClientDisconnect:
             raise ClientGone from None
         except OSError as error:
-            raise StorageUnavailable(type(error).__name__) from error
+            raise StorageUnavailable(reason=type(error).__name__) from error
         return self._form
 
     async def __aexit__(self, *_: object) -> None:

@@ -74,7 +74,7 @@ class Bucket:
             async for chunk in found.stream(min_chunk_size=CHUNK_BYTES):
                 yield bytes(chunk)
         except BaseError as error:
-            raise StorageUnavailable(type(error).__name__) from error
+            raise StorageUnavailable(reason=type(error).__name__) from error
 
     async def names(self, prefix: str) -> list[str]:
         listed = await _told(obstore.list_with_delimiter_async(self._store, f"{prefix}/"))
@@ -105,4 +105,4 @@ async def _told(work: Awaitable[T]) -> T:
     except AlreadyExistsError:
         raise
     except BaseError as error:
-        raise StorageUnavailable(type(error).__name__) from error
+        raise StorageUnavailable(reason=type(error).__name__) from error

@@ -22,20 +22,41 @@ from app.errors import DependencyUnavailable
 
 CALL_TIMEOUT_S = 1.0
 SUBJECTS_PER_CALL = 512
+RENEWAL_MAX_S = 1.0
+OPENING = "-opening-"
 
-# KEYS: claims; ARGV: holder, lease in ms, how many. The keys that it took, or took before.
-_TAKE = """
+# A server that has lost its memory gives no claims until all holders have had the time to tell what they hold.
+# KEYS[1]: when that is; ARGV[1]: holder, ARGV[2]: lease, ARGV[3]: settling, both in ms.
+_SETTLED = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local opens = tonumber(redis.call('GET', KEYS[1]))
+if not opens then
+  opens = now + tonumber(ARGV[3])
+  redis.call('SET', KEYS[1], opens)
+end
+"""
+# The other keys: claims; ARGV[4]: how many to take. The keys that were taken.
+_TAKE = (
+    _SETTLED
+    + """
 local taken = {}
-for _, key in ipairs(KEYS) do
-  if #taken >= tonumber(ARGV[3]) then break end
+if now < opens then return taken end
+for index = 2, #KEYS do
+  local key = KEYS[index]
+  if #taken >= tonumber(ARGV[4]) then break end
   if redis.call('SET', key, ARGV[1], 'NX', 'PX', ARGV[2]) then taken[#taken + 1] = key end
 end
 return taken
 """
-# KEYS: claims; ARGV: holder, lease in ms. The keys that are another's now; what nobody has is taken again.
-_RENEW = """
+)
+# The other keys: claims. Those that are another's now; what nobody has is taken again.
+_RENEW = (
+    _SETTLED
+    + """
 local lost = {}
-for _, key in ipairs(KEYS) do
+for index = 2, #KEYS do
+  local key = KEYS[index]
   local holder = redis.call('GET', key)
   if holder == false or holder == ARGV[1] then
     redis.call('SET', key, ARGV[1], 'PX', ARGV[2])
@@ -45,12 +66,18 @@ for _, key in ipairs(KEYS) do
 end
 return lost
 """
+)
 _RELEASE = """
-for _, key in ipairs(KEYS) do
-  if redis.call('GET', key) == ARGV[1] then redis.call('DEL', key) end
+for index = 2, #KEYS do
+  if redis.call('GET', KEYS[index]) == ARGV[1] then redis.call('DEL', KEYS[index]) end
 end
 return 0
 """
+
+
+def renewal_s(lease_s: float) -> float:
+    """How often claims are renewed."""
+    return min(RENEWAL_MAX_S, lease_s / 3)
 
 
 class Claims(Protocol):
@@ -115,6 +142,7 @@ class RedisClaims:
         )
         self._prefix = f"{{{redis.prefix}}}:claims:"
         self._lease_s = lease_s
+        self._settle_s = 2 * renewal_s(lease_s)
         self._clock = clock
         self._holder = secrets.token_hex(16)
         self._until: dict[str, float] = {}
@@ -128,7 +156,7 @@ class RedisClaims:
         offered = [subject for subject in subjects if subject not in self._until][:SUBJECTS_PER_CALL]
         if not offered:
             return []
-        taken = await self._call(_TAKE, offered, str(self._lease_ms), str(count)) or []
+        taken = await self._call(_TAKE, offered, str(count)) or []
         self._until.update(dict.fromkeys(taken, now + self._lease_s))
         return taken
 
@@ -137,9 +165,9 @@ class RedisClaims:
 
     async def renew(self) -> None:
         now, held = self._clock(), list(self._until)
-        for start in range(0, len(held), SUBJECTS_PER_CALL):
+        for start in range(0, len(held) or 1, SUBJECTS_PER_CALL):
             some = held[start : start + SUBJECTS_PER_CALL]
-            lost = await self._call(_RENEW, some, str(self._lease_ms))
+            lost = await self._call(_RENEW, some)
             if lost is None:
                 return
             for subject in some:
@@ -158,13 +186,10 @@ class RedisClaims:
         with suppress(RedisError, OSError):
             await self._redis.aclose()
 
-    @property
-    def _lease_ms(self) -> int:
-        return int(self._lease_s * 1000)
-
     async def _call(self, script: str, subjects: Sequence[str], *arguments: str) -> list[str] | None:
-        keys = [self._prefix + subject for subject in subjects]
-        answer = await self._asked(self._redis.eval(script, len(keys), *keys, self._holder, *arguments))
+        keys = [self._prefix + subject for subject in (OPENING, *subjects)]
+        given = (self._holder, str(int(self._lease_s * 1000)), str(int(self._settle_s * 1000)), *arguments)
+        answer = await self._asked(self._redis.eval(script, len(keys), *keys, *given))
         if not isinstance(answer, list):
             return None if answer is None else []
         return [key.decode().removeprefix(self._prefix) for key in answer]

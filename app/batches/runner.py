@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from app.batches.batch import Batch, Closed, Closing, Fault, IllegalEvent, Progress, Rejected, Status, Validated
-from app.batches.claims import Claims
+from app.batches.claims import Claims, renewal_s
 from app.batches.files import FileRecord, Files, made_at, new_id
 from app.batches.journal import Journal, Overtaken, RangeLog, Sealed
 from app.batches.line_runs import LineRuns, RangeRun
@@ -25,7 +25,6 @@ from app.settings import Batches as Limits
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics
 
-RENEWALS_PER_LEASE = 3
 ORPHAN_S = 60.0
 SWEEP_S = 600.0
 STOP_S = 5.0
@@ -118,8 +117,8 @@ class Runner:
 
     async def _renew(self) -> None:
         while True:
-            await asyncio.sleep(self._limits.lease_s / RENEWALS_PER_LEASE)
             await self._claims.renew()
+            await asyncio.sleep(renewal_s(self._limits.lease_s))
 
     # looking
 

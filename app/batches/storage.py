@@ -189,7 +189,7 @@ async def told(work: Awaitable[T]) -> T:
     except (FileNotFoundError, NotADirectoryError):
         raise Missing from None
     except OSError as error:
-        raise StorageUnavailable(errno.errorcode.get(error.errno or 0, type(error).__name__)) from error
+        raise StorageUnavailable(reason=errno.errorcode.get(error.errno or 0, type(error).__name__)) from error
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:

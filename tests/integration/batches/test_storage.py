@@ -96,7 +96,7 @@ async def test_removed_is_gone(storage: Storage) -> None:
 async def test_an_upload_that_breaks_leaves_nothing(storage: Storage, tmp_path: Path) -> None:
     async def broken() -> AsyncIterator[bytes]:
         yield b"half"
-        raise StorageUnavailable("test")
+        raise StorageUnavailable(reason="test")
 
     with pytest.raises(StorageUnavailable):
         await storage.upload("x/half", broken())
