@@ -109,7 +109,7 @@ class Runner:
                 self._is_out = True
             except Exception:  # noqa: BLE001 - one bad look must not be the last
                 self._log.exception("batches were not looked at")
-            await asyncio.sleep(LOOK_PAUSE_S)
+            await asyncio.sleep(min(LOOK_PAUSE_S, self._limits.tick_s))
             timer = asyncio.get_running_loop().call_later(self._limits.tick_s, self._due.set)
             await self._due.wait()
             timer.cancel()
