@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app import settings
 from app.credentials import TlsContexts, read_secret
 from app.errors import ConfigurationError, ModelNotFound
+from app.tenant import ANONYMOUS, Tenant
 
 MANIFEST_FILE = "sluice.json"
 SHOWN_NAME_CHARS = 200
@@ -123,15 +124,18 @@ class Catalogue:
     def variants(self) -> tuple[Variant, ...]:
         return tuple(variant for model in self.models for variant in model.variants)
 
-    def resolve(self, name: str) -> tuple[Variant, ...]:
-        """The variants that may serve `name`, in the operator's order. Raises ModelNotFound."""
-        try:
-            return self._by_name[name]
-        except KeyError:
+    def resolve(self, name: str, tenant: Tenant = ANONYMOUS) -> tuple[Variant, ...]:
+        """The variants that may serve `name` to `tenant`, in the operator's order.
+
+        Raises ModelNotFound: what a tenant may not use does not exist for it.
+        """
+        found = self._by_name.get(name, ())
+        if tenant.models is not None:
+            found = tuple(variant for variant in found if tenant.may_use(variant.model, variant.name))
+        if not found:
             shown = name[:SHOWN_NAME_CHARS]
-            raise ModelNotFound(
-                f"The model {shown!r} does not exist or you do not have access to it.", param="model"
-            ) from None
+            raise ModelNotFound(f"The model {shown!r} does not exist or you do not have access to it.", param="model")
+        return found
 
 
 def _model(configured: settings.Model, contexts: TlsContexts) -> Model:

@@ -7,7 +7,7 @@ import ssl
 from pathlib import Path
 
 from app.errors import ConfigurationError
-from app.settings import Tls
+from app.settings import Auth, Tls
 
 SECRET_MAX_BYTES = 8 * 1024
 
@@ -76,6 +76,13 @@ def read_secret(file: Path | None, variable: str | None) -> str:
     if variable is not None:
         return _checked(os.environ.get(variable, ""), f"${variable}")
     return ""
+
+
+def server_secret(auth: Auth) -> bytes:
+    """What digests of keys and cache salts are made with; empty if there is none. Raises ConfigurationError."""
+    if auth.secret is not None:
+        return auth.secret.get_secret_value().encode()
+    return read_secret(auth.secret_file, None).encode()
 
 
 def _checked(secret: str, where: str) -> str:

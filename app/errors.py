@@ -11,6 +11,8 @@
         ├── IdempotencyMismatch     400 idempotency_mismatch
         ├── ContextLengthExceeded   400 context_length_exceeded
         ├── WorkerRefused           4xx the worker's own answer to a bad request, in OpenAI's shape
+        ├── InvalidApiKey           401 invalid_api_key
+        ├── PermissionDenied        403 permission_denied
         ├── ModelNotFound           404 model_not_found
         ├── RouteNotFound           404 not_found
         ├── ObjectNotFound          404 object_not_found
@@ -20,6 +22,7 @@
         ├── RequestTooLarge         413 request_too_large
         ├── UriTooLong              414 uri_too_long
         ├── UnsupportedMediaType    415 unsupported_media_type
+        ├── RateLimitExceeded       429 rate_limit_exceeded
         ├── TenantQueueFull         429 tenant_queue_full
         ├── ExpectationFailed       417 expectation_failed
         ├── HeadersTooLarge         431 headers_too_large
@@ -150,6 +153,24 @@ class WorkerRefused(InvalidRequest):
         self.code = code
 
 
+class InvalidApiKey(InvalidRequest):
+    """No key, or none that opens anything here. Which of these it was is nobody's business."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [*super().headers(), (b"www-authenticate", b"Bearer")]
+
+
+class PermissionDenied(InvalidRequest):
+    """The key is good, and not for this."""
+
+    status = 403
+    type = "permission_error"
+    code = "permission_denied"
+
+
 class ModelNotFound(InvalidRequest):
     status = 404
     code = "model_not_found"
@@ -215,6 +236,14 @@ class ExpectationFailed(InvalidRequest):
 class HeadersTooLarge(InvalidRequest):
     status = 431
     code = "headers_too_large"
+
+
+class RateLimitExceeded(GatewayError):
+    """The client's own limit is used up; others are not affected."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class TenantQueueFull(GatewayError):

@@ -43,7 +43,7 @@ class Gateway:
         """
         with ExitStack() as held:
             account = held.enter_context(self._accounts.open(request))
-            variants = self._catalogue.resolve(request.model)
+            variants = self._catalogue.resolve(request.model, request.tenant)
             request.resolved_model = variants[0].model
             ranking = self._router.rank(self._registry.pool(variants), request)
             candidates = self._relay.screen(request, ranking.worker_ids)

@@ -69,8 +69,16 @@ REFUSED_FIELDS = frozenset(
 OWNED_FIELDS = frozenset({"cache_salt", "priority", "request_id", "session_id"})
 
 _SERVICE_TIERS = {"priority": Band.PRIORITY, "default": Band.DEFAULT, "auto": Band.DEFAULT, "flex": Band.FLEX}
+_TOKEN_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _STREAMING_ROUTES = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES})
 _USAGE_OPTION_ROUTES = frozenset({Route.CHAT, Route.COMPLETIONS})
+# Where a bound on new tokens is said, and what silence means: for text completions 16 in OpenAI's API and in vLLM, for
+# others all the context. Messages must always name one.
+_BOUND_FIELDS = {
+    Route.CHAT: ("max_completion_tokens", parameters.TOKENS_MAX),
+    Route.COMPLETIONS: ("max_tokens", 16),
+    Route.RESPONSES: ("max_output_tokens", parameters.TOKENS_MAX),
+}
 # What the engine's prompt is made of, in the order in which chat templates write it: tools before the conversation.
 _PROMPT_FIELDS: dict[Route, tuple[str, ...]] = {
     Route.CHAT: ("tools", "documents", "messages"),
@@ -99,6 +107,11 @@ def cache_salt(secret: bytes, tenant: str) -> str:
     return hmac.digest(secret, tenant.encode(), "sha256").hex()[:32]
 
 
+def narrowed_salt(tenant_salt: str, client_salt: str) -> str:
+    """A part of the tenant's own cache, for those who send `client_salt`: it never leads to another tenant's."""
+    return cache_salt(tenant_salt.encode(), client_salt)
+
+
 @dataclass(slots=True, kw_only=True)
 class InferenceRequest:
     """One request for a model.
@@ -107,7 +120,7 @@ class InferenceRequest:
     re-encoded, so what a client means is what the worker reads. `arrived` is monotonic time in seconds.
     `deadline` is when the client stops waiting for a first byte, monotonic too. `max_tokens` is what it asked for at
     most. `resolved_model` is the catalogue's name, empty until it is resolved: a label for metrics, unlike `model`.
-    `cache_salt` is the tenant's (see `cache_salt`); empty, the cache is shared with everybody whose salt is empty.
+    `cache_salt` is the tenant's, or one within it where the client sent a salt of its own (see `narrowed_salt`).
     `id` is the gateway's own, never used before; `client_id` what the client calls the request, for logs only.
     """
 
@@ -130,30 +143,42 @@ class InferenceRequest:
 
     @classmethod
     def parse(
-        cls, body: bytes, *, request_id: str, route: Route, arrived: float, limits: Parameters = _DEFAULT_LIMITS
+        cls,
+        body: bytes,
+        *,
+        request_id: str,
+        route: Route,
+        arrived: float,
+        limits: Parameters = _DEFAULT_LIMITS,
+        tenant: Tenant = ANONYMOUS,
     ) -> InferenceRequest:
-        """The request in `body`. Raises InvalidJson, InvalidValue, UnsupportedParameter or ModelNotFound.
+        """The request of `tenant` in `body`. Raises InvalidJson, InvalidValue, UnsupportedParameter or ModelNotFound.
 
         The whole body is read, strictly; what the worker gets are still the client's own bytes.
         """
         fields, values = strict_json.read_object(body)
         refused = REFUSED_FIELDS.intersection(fields)
-        if refused:
+        if refused and not tenant.engine_fields:
             name = min(refused)
             raise UnsupportedParameter(f"The parameter {name!r} is not accepted here.", param=name)
         parameters.check(values, _RULES.get(route, parameters.OTHER), limits)
+        max_tokens = _max_tokens(values)
+        if tenant.max_tokens is not None:
+            max_tokens = _bounded(fields, values, route, tenant.max_tokens)
         stream = route in _STREAMING_ROUTES and bool(values.get("stream"))
         return cls(
             id=request_id,
             route=route,
             model=_model(values),
             stream=stream,
-            band=_band(values),
+            band=_band(values).within(tenant.ceiling),
             fields=fields,
             prompt_bytes=len(body),
             client_wants_usage=stream and _wants_usage(values),
             arrived=arrived,
-            max_tokens=_max_tokens(values),
+            max_tokens=max_tokens,
+            tenant=tenant,
+            cache_salt=_cache_salt(values, tenant),
         )
 
     @property
@@ -216,8 +241,31 @@ def _band(values: Mapping[str, Any]) -> Band:
 
 def _max_tokens(values: Mapping[str, Any]) -> int | None:
     """A hint for the order of the queue."""
-    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+    for name in _TOKEN_FIELDS:
         value = values.get(name)
         if type(value) is int:
             return max(1, value)
     return None
+
+
+def _bounded(fields: dict[str, msgspec.Raw], values: Mapping[str, Any], route: Route, most: int) -> int | None:
+    """The new tokens asked for, `most` of them at most; who names no number gets `most`. Raises InvalidValue."""
+    for name in _TOKEN_FIELDS:
+        value = values.get(name)
+        if type(value) is int and value > most:
+            raise InvalidValue(f"{name} is at most {most} here.", param=name)
+    asked = _max_tokens(values)
+    if asked is None and route in _BOUND_FIELDS:
+        name, default = _BOUND_FIELDS[route]
+        asked = min(default, most)
+        fields[name] = msgspec.Raw(b"%d" % asked)
+    return asked
+
+
+def _cache_salt(values: Mapping[str, Any], tenant: Tenant) -> str:
+    salt = values.get("cache_salt")
+    if salt is None:
+        return tenant.cache_salt
+    if type(salt) is not str:
+        raise InvalidValue("Invalid value for 'cache_salt': expected text.", param="cache_salt")
+    return narrowed_salt(tenant.cache_salt, salt)

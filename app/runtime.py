@@ -21,15 +21,22 @@ from app.batches.meter import Meter
 from app.batches.runner import Runner, Shelf
 from app.batches.storage import open_storage
 from app.catalogue import Catalogue
+from app.credentials import server_secret
 from app.drain import Drain
 from app.errors import ModelNotFound
 from app.gateway import Gateway
 from app.relay.relay import Relay
 from app.routing.router import Router
-from app.settings import Health, Settings
+from app.settings import Health, Settings, is_loopback
 from app.telemetry.account import Accounts, RequestsLog
-from app.telemetry.logs import Log, open_log
+from app.telemetry.logs import Log, open_audit, open_log
 from app.telemetry.metrics import Metrics, open_metrics
+from app.tenancy.authentication import Identification, KeyIdentification, OpenDoor
+from app.tenancy.directory import Directory
+from app.tenancy.failures import Failures
+from app.tenancy.keys import Pepper
+from app.tenancy.registrar import Registrar
+from app.tenancy.stores import RedisKeys, stores_of
 from app.tenancy.tenants import Tenants
 from app.tenant import Band
 from app.workers.capacity import open_slots
@@ -49,11 +56,15 @@ class Runtime:
     registry: Registry
     gateway: Gateway
     tenants: Tenants
+    identification: Identification
+    directory: Directory
+    registrar: Registrar | None
     admission: QueuedAdmission
     drain: Drain
     gauges: Gauges
     metrics: Metrics
     log: Log
+    audit: Log
     started: float
     batches: Batches | None
 
@@ -63,7 +74,9 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     """A running gateway. Raises ConfigurationError."""
     clock = time.monotonic
     log = open_log(settings.logs)
-    metrics = open_metrics()
+    secret = server_secret(settings.auth)
+    metrics = open_metrics(tuple(tenant.name for tenant in settings.tenants))
+    tenants = Tenants(settings.tenants, settings.default_tenant, secret)
     catalogue = Catalogue.of(settings.models)
     registry = Registry(catalogue, log)
     admission = _admission(settings, metrics, log)
@@ -79,16 +92,39 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
     drain = Drain(admission.turn_away)
-    tenants = Tenants(settings.tenants, settings.default_tenant)
+    pepper = Pepper(secret)
+    stores = stores_of(settings) if settings.is_guarded else []
+    directory = Directory(stores, tenants, settings.auth.stale_s, log, clock, time.time)
+    identification = _identification(settings, directory, pepper, tenants, metrics)
+    registrar = Registrar(RedisKeys(settings.redis), pepper, time.time) if settings.redis else None
+    if not settings.is_guarded:
+        _say_open(settings, metrics, log)
     meter = Meter(catalogue, registry, admission, accounts.ttfts, clock)
     batches = _batches(settings, gateway, meter, catalogue, tenants, drain, metrics, log)
     runtime = Runtime(
-        settings, catalogue, registry, gateway, tenants, admission, drain, gauges, metrics, log, time.time(), batches
+        settings,
+        catalogue,
+        registry,
+        gateway,
+        tenants,
+        identification,
+        directory,
+        registrar,
+        admission,
+        drain,
+        gauges,
+        metrics,
+        log,
+        audit=open_audit(settings.logs),
+        started=time.time(),
+        batches=batches,
     )
     try:
-        async with admission.running(), monitor.running(), gauges.refreshed(), _running(batches):
+        async with directory.running(), admission.running(), monitor.running(), gauges.refreshed(), _running(batches):
             yield runtime
     finally:
+        if registrar is not None:
+            await registrar.aclose()
         relay.close()
         metrics.close()
 
@@ -111,6 +147,23 @@ class Capacity:
     def slots(self, worker: Worker) -> int:
         """The slots that were offered last."""
         return self._offered.get(worker.id, (0, False))[0]
+
+
+def _identification(
+    settings: Settings, directory: Directory, pepper: Pepper, tenants: Tenants, metrics: Metrics
+) -> Identification:
+    if not settings.is_guarded:
+        return OpenDoor(tenants, trusts_header=settings.admission.trust_tenant_header)
+    failures = Failures(settings.auth.failures_per_min)
+    return KeyIdentification(directory, pepper, failures, metrics, time.monotonic, time.time)
+
+
+def _say_open(settings: Settings, metrics: Metrics, log: Log) -> None:
+    """On loopback that is what everybody expects; anywhere else somebody wrote it out, and may have forgotten."""
+    metrics.open_doors.set(1)
+    hosts = [settings.listen.host, *([settings.admin.host] if settings.admin else [])]
+    if not all(is_loopback(host) for host in hosts):
+        log.warning("no keys are asked for", listen=hosts, because="auth.enabled is false")
 
 
 def _admission(settings: Settings, metrics: Metrics, log: Log) -> QueuedAdmission:

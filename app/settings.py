@@ -13,7 +13,16 @@ from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.errors import ConfigurationError
@@ -85,9 +94,24 @@ class Redis(Part):
 
 
 class Auth(Part):
-    """API keys."""
+    """API keys: from files, and from Redis where there is one.
 
-    enabled: bool = False
+    `secret` is what digests of keys and cache salts are made with, the same on all replicas; better in a file or in
+    the environment (`SLUICE_AUTH__SECRET`) than in the configuration. Another secret makes all keys unknown.
+    """
+
+    enabled: bool | None = Field(None, description="left out: unless all listeners are on loopback")
+    key_files: tuple[Path, ...] = ()
+    secret: SecretStr | None = None
+    secret_file: Path | None = None
+    stale_s: float = Field(86_400, ge=0, description="how long known keys work while their store is out of reach")
+    failures_per_min: int = Field(120, ge=1, le=1_000_000, description="wrong keys of one address, before it gets 429")
+
+    @model_validator(mode="after")
+    def _has_one_secret(self) -> Auth:
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("secret and secret_file are both given")
+        return self
 
 
 class TenantLimits(Part):
@@ -440,9 +464,15 @@ class Settings(BaseSettings):
             raise ValueError("a tenant is listed twice")
         if self.redis is not None and self.redis.tls is not None and not self.redis.url.startswith("rediss://"):
             raise ValueError("redis.tls needs a url with rediss")
-        if self.auth.enabled:
-            raise ValueError("auth.enabled: this release has no API keys; bind to loopback or put a proxy in front")
         return self
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether keys are asked for: as configured, and otherwise unless all listeners are on loopback."""
+        if self.auth.enabled is not None:
+            return self.auth.enabled
+        hosts = [self.listen.host, *([self.admin.host] if self.admin else [])]
+        return not all(is_loopback(host) for host in hosts)
 
 
 def load_settings(
@@ -460,7 +490,18 @@ def load_settings(
         listen = Listen(**{**settings.listen.model_dump(), **{k: v for k, v in flags.items() if v is not None}})
     except ValidationError as error:
         raise ConfigurationError(f"{where}: {_first_line(error)}") from None
-    return settings.model_copy(update={"listen": listen})
+    # What operators ask for is not for everybody who can reach a public address.
+    admin = settings.admin or (None if is_loopback(listen.host) else Admin())
+    settings = settings.model_copy(update={"listen": listen, "admin": admin})
+    _check_listeners(settings, where)
+    return settings
+
+
+def _check_listeners(settings: Settings, where: str) -> None:
+    if settings.is_guarded and settings.admission.trust_tenant_header:
+        raise ConfigurationError(f"{where}: admission.trust_tenant_header: needs auth: {{enabled: false}}")
+    if settings.admin and settings.admin.port == settings.listen.port != 0:
+        raise ConfigurationError(f"{where}: admin.port: the same as listen.port")
 
 
 def is_loopback(host: str) -> bool:

@@ -44,7 +44,8 @@ class Tenant:
     `weight` is its share beside others', `ceiling` the highest band it gets. `models` are the public names it may ask
     for, None for all: a model's name allows every variant of it. `max_tokens` is the most that one request may ask for.
     `engine_fields`: fields that steer the engine itself are passed on. `resume` outranks what the model says about
-    broken streams. `degrade` is its consent to be served by a lesser variant under pressure.
+    broken streams. `degrade` is its consent to be served by a lesser variant under pressure. `cache_salt` keeps its
+    part of a worker's prefix cache apart from others'; empty, it shares with everybody whose salt is empty.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Tenant:
     engine_fields: bool = False
     resume: bool | None = None
     degrade: bool = False
+    cache_salt: str = ""
 
     def may_use(self, model: str, variant: str) -> bool:
         """Whether `variant` of `model` is among its models; both are names, the variant's without the model's."""

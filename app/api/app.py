@@ -6,13 +6,14 @@ import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from app.api import admin, batches, files, health, models
+from app.api import admin, batches, files, health, keys, models
+from app.api.access import Access, Guard, Rules
 from app.api.inference import InferenceRoutes
 from app.api.middleware import Dispatch, Errors, RequestIds
 from app.api.openapi import document
@@ -22,7 +23,18 @@ from app.settings import Settings
 
 GC_THRESHOLD = 20_000
 
-OPERATOR_PATHS = frozenset({"/metrics", "/docs", "/openapi.json", "/admin/queue"})
+DECLARED: tuple[tuple[Access, APIRouter], ...] = (
+    (Access.TENANT, models.routes),
+    (Access.TENANT, files.routes),
+    (Access.TENANT, batches.routes),
+    (Access.PROBE, health.probes),
+    (Access.ADMIN, health.routes),
+    (Access.ADMIN, admin.routes),
+    (Access.ADMIN, keys.routes),
+)
+"""All routes but the inference routes, and who may ask for them."""
+OPERATOR_PAGES = ("/docs", "/openapi.json")
+"""FastAPI's own."""
 
 
 def create_app(settings: Settings) -> ASGIApp:
@@ -43,18 +55,15 @@ def create_app(settings: Settings) -> ASGIApp:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    api.include_router(models.routes)
-    api.include_router(files.routes)
-    api.include_router(batches.routes)
-    api.include_router(health.routes)
-    api.include_router(admin.routes)
+    for _, routes in DECLARED:
+        api.include_router(routes)
     api.add_exception_handler(HTTPException, _http_exception)
     api.add_exception_handler(RequestValidationError, _validation_error)
     api.add_exception_handler(GatewayError, _gateway_error)
     api.add_exception_handler(Exception, _internal_error)
     api.openapi = lambda: document(api)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     admin_port = settings.admin.port if settings.admin is not None else None
-    inner = Errors(Dispatch(InferenceRoutes(), api, OPERATOR_PATHS, admin_port))
+    inner = Errors(Dispatch(Guard(Rules(DECLARED, OPERATOR_PAGES), admin_port), InferenceRoutes(), api))
     return RequestIds(inner)
 
 

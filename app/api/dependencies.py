@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from app.api.inference import TENANT_HEADER, tenant_named
+from app.api.access import caller_of
 from app.batches.batches import Batches
 from app.errors import RouteNotFound
 from app.runtime import Runtime
@@ -18,6 +18,10 @@ def _runtime(request: Request) -> Runtime:
     return runtime
 
 
+def _tenant(request: Request) -> Tenant:
+    return caller_of(request.scope).tenant
+
+
 RuntimeOf = Annotated[Runtime, Depends(_runtime)]
 
 
@@ -25,13 +29,6 @@ def _batches(runtime: RuntimeOf) -> Batches:
     if runtime.batches is None:
         raise RouteNotFound("This gateway keeps no files: its settings name no batches.directory or batches.bucket.")
     return runtime.batches
-
-
-def _tenant(request: Request, runtime: RuntimeOf) -> Tenant:
-    given = request.headers.get(TENANT_HEADER.decode())
-    if given is None or not runtime.settings.admission.trust_tenant_header:
-        return runtime.tenants.anonymous
-    return runtime.tenants.get(tenant_named(given.encode("latin-1")))
 
 
 BatchesOf = Annotated[Batches, Depends(_batches)]

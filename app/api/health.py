@@ -10,17 +10,18 @@ from fastapi.responses import JSONResponse
 from app.api.dependencies import RuntimeOf
 from app.telemetry.metrics import CONTENT_TYPE
 
+probes = APIRouter(tags=["operations"])
 routes = APIRouter(tags=["operations"])
 
 
-@routes.head("/healthz", include_in_schema=False)
-@routes.get("/healthz", summary="Alive: the process answers")
+@probes.head("/healthz", include_in_schema=False)
+@probes.get("/healthz", summary="Alive: the process answers")
 async def alive() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@routes.head("/readyz", include_in_schema=False)
-@routes.get("/readyz", summary="Ready: at least one worker has proven itself with a token", response_model=None)
+@probes.head("/readyz", include_in_schema=False)
+@probes.get("/readyz", summary="Ready: at least one worker has proven itself with a token", response_model=None)
 async def ready(runtime: RuntimeOf, request: Request) -> Response:
     workers = {
         worker.id: {

@@ -9,29 +9,25 @@ from math import inf
 
 from starlette.types import Receive, Scope, Send
 
+from app.api.access import caller_of
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
 from app.api.responses import end_stream, send_reply
 from app.errors import Draining, InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
 from app.runtime import Runtime
+from app.settings import Settings
 from app.telemetry.account import UNRESOLVED
-from app.tenancy.tenants import Tenants
 
 TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[ -~]{0,128})?")
 TRACE_STATE = re.compile(rb"[ -~]{1,512}")
 TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
-TENANT_HEADER = b"x-sluice-tenant"
-TENANT = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]], tenants: Tenants | None) -> None:
-    """What the headers say about a request: until when, of which trace, and, with `tenants`, whose it is.
-
-    Raises InvalidValue.
-    """
+def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """What the headers say about a request: until when, of which trace. Raises InvalidValue."""
     traces = []
     for name, value in headers:
         if name in TRACE_HEADERS:
@@ -41,8 +37,6 @@ def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes
             request.deadline = min(request.deadline, request.arrived + _milliseconds(value) / 1000)
         elif name == CLIENT_TIMEOUT_HEADER:
             request.deadline = min(request.deadline, request.arrived + _patience_s(value))
-        elif name == TENANT_HEADER and tenants is not None:
-            request.tenant = tenants.get(tenant_named(value))
     request.trace_headers = tuple(traces)
 
 
@@ -61,12 +55,6 @@ def _patience_s(value: bytes) -> float:
     return seconds if seconds > 0 else inf
 
 
-def tenant_named(value: bytes) -> str:
-    if not TENANT.fullmatch(value):
-        raise InvalidValue("The header x-sluice-tenant is expected to be a tenant's name.")
-    return value.decode()
-
-
 class InferenceRoutes:
     """Serves a POST to any of the inference routes."""
 
@@ -77,7 +65,7 @@ class InferenceRoutes:
         runtime: Runtime = scope["state"]["runtime"]
         try:
             body = await read_body(scope, receive, runtime.settings.limits)
-            request = self._request(scope, body, arrived, runtime)
+            request = self._request(scope, body, arrived, runtime.settings)
         except InvalidRequest as error:
             took_s = time.monotonic() - arrived
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
@@ -91,16 +79,15 @@ class InferenceRoutes:
             end_stream(error, request.route, scope, client)
             raise
 
-    def _request(self, scope: Scope, body: bytes, arrived: float, runtime: Runtime) -> InferenceRequest:
-        settings = runtime.settings
+    def _request(self, scope: Scope, body: bytes, arrived: float, settings: Settings) -> InferenceRequest:
         request = InferenceRequest.parse(
             body,
             request_id=scope["request_id"],
             route=self.paths[scope["path"]],
             arrived=arrived,
             limits=settings.parameters,
+            tenant=caller_of(scope).tenant,
         )
         request.client_id = scope["client_request_id"]
-        request.tenant = runtime.tenants.anonymous
-        read_headers(request, scope["headers"], runtime.tenants if settings.admission.trust_tenant_header else None)
+        read_headers(request, scope["headers"])
         return request

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.access import AUDITED, Audit, Guard
 from app.api.client import ClientGone
 from app.api.inference import InferenceRoutes
 from app.api.protocol import forget, response_of
 from app.api.refusal import send_error
-from app.errors import GatewayError, InternalError, MethodNotAllowed, RouteNotFound
+from app.errors import GatewayError, InternalError, MethodNotAllowed
 from app.telemetry.logs import Log
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
@@ -75,40 +76,31 @@ class Errors:
 
 
 class Dispatch:
-    """Innermost: the inference routes go straight to their endpoint, everything else to the FastAPI application.
+    """Innermost: past the guard, the inference routes go straight to their endpoint, all else to the application.
 
     FastAPI's own stack costs more CPU than the whole relay of a short answer, and none of it is used on this path.
-    With a listener of their own, operators' routes are unknown on the public one; which listener a request came to
-    is read from its socket, never from a header.
     """
 
-    def __init__(
-        self, inference: InferenceRoutes, app: ASGIApp, operator_paths: frozenset[str], admin_port: int | None
-    ) -> None:
+    def __init__(self, guard: Guard, inference: InferenceRoutes, app: ASGIApp) -> None:
+        self._guard = guard
         self._inference = inference
         self._app = app
-        self._operator_paths = operator_paths
-        self._admin_port = admin_port
+        self._audited = Audit(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path = scope["path"]
-            if self._admin_port is not None:
-                self._check_listener(scope, path)
-            if path in self._inference.paths:
-                if scope["method"] != "POST":
-                    raise MethodNotAllowed(f"{scope['method']} is not allowed for {path}.", allow="POST")
-                await self._inference(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _check_listener(self, scope: Scope, path: str) -> None:
-        is_admin = scope["server"][1] == self._admin_port
-        if is_admin != (path in self._operator_paths) and path not in PROBES:
-            raise RouteNotFound(f"Unknown request URL: {scope['method']} {path[:200]}.")
-
-
-PROBES = frozenset({"/healthz", "/readyz"})
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        self._guard.check(scope, scope["state"]["runtime"].identification)
+        if path in self._inference.paths:
+            if scope["method"] != "POST":
+                raise MethodNotAllowed(f"{scope['method']} is not allowed for {path}.", allow="POST")
+            await self._inference(scope, receive, send)
+        elif path.startswith(AUDITED):
+            await self._audited(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 def _client_request_ids(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:

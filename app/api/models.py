@@ -6,43 +6,46 @@ from collections.abc import Iterator
 
 from fastapi import APIRouter
 
-from app.api.dependencies import RuntimeOf
+from app.api.dependencies import RuntimeOf, TenantOf
 from app.api.schemas import ModelList, ModelObject
 from app.catalogue import Model, Variant
 from app.errors import ModelNotFound
 from app.runtime import Runtime
+from app.tenant import Tenant
 
 routes = APIRouter(tags=["models"])
 
 
 @routes.get("/v1/models", summary="The models and variants that can be asked for")
-async def list_models(runtime: RuntimeOf) -> ModelList:
-    return ModelList(data=list(_objects(runtime)))
+async def list_models(runtime: RuntimeOf, tenant: TenantOf) -> ModelList:
+    return ModelList(data=list(_objects(runtime, tenant)))
 
 
 @routes.get("/v1/models/{name:path}", summary="One model or variant")
-async def one_model(name: str, runtime: RuntimeOf) -> ModelObject:
-    for model in _objects(runtime):
+async def one_model(name: str, runtime: RuntimeOf, tenant: TenantOf) -> ModelObject:
+    for model in _objects(runtime, tenant):
         if model.id == name:
             return model
     raise ModelNotFound(f"The model {name[:200]!r} does not exist or you do not have access to it.", param="model")
 
 
-def _objects(runtime: Runtime) -> Iterator[ModelObject]:
+def _objects(runtime: Runtime, tenant: Tenant) -> Iterator[ModelObject]:
     for model in runtime.catalogue.models:
-        yield _model(model, runtime)
-        for variant in model.variants:
+        variants = tuple(variant for variant in model.variants if tenant.may_use(variant.model, variant.name))
+        if variants:
+            yield _model(model, variants, runtime)
+        for variant in variants:
             yield _variant(variant, runtime)
 
 
-def _model(model: Model, runtime: Runtime) -> ModelObject:
-    lengths = [length for variant in model.variants if (length := _context_length(variant, runtime)) is not None]
+def _model(model: Model, variants: tuple[Variant, ...], runtime: Runtime) -> ModelObject:
+    lengths = [length for variant in variants if (length := _context_length(variant, runtime)) is not None]
     return ModelObject(
         id=model.name,
         created=int(runtime.started),
         max_model_len=min(lengths, default=None),
-        variants=[variant.public_name for variant in model.variants],
-        ready=any(worker.is_ready for worker in runtime.registry.pool(model.variants)),
+        variants=[variant.public_name for variant in variants],
+        ready=any(worker.is_ready for worker in runtime.registry.pool(variants)),
     )
 
 

@@ -19,10 +19,11 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 from app.api.app import create_app
 from app.api.protocol import ClientConnection
 from app.catalogue import Catalogue
-from app.credentials import TlsContexts
+from app.credentials import TlsContexts, server_secret
 from app.drain import Drain
 from app.errors import LaunchError
 from app.settings import Settings
+from app.tenancy.stores import require_keys
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # longer than any usual load balancer's, so that it is never us who close under its request
@@ -172,10 +173,13 @@ def serve(settings: Settings) -> None:
 
     Raises ConfigurationError or LaunchError, before anything is served.
     """
-    # Each process builds its own; what is wrong with them is better told once, here.
+    # Each process builds its own of these; what is wrong with them is better told once, here.
     Catalogue.of(settings.models)
+    server_secret(settings.auth)
     if settings.redis is not None and settings.redis.tls is not None:
         TlsContexts().of(settings.redis.tls)
+    if settings.is_guarded:
+        asyncio.run(require_keys(settings))
     sockets = _bind_all(settings)
     config = uvicorn.Config(
         functools.partial(create_app, settings),

@@ -204,13 +204,13 @@ class LineRuns:
             route=Route(batch.created.endpoint),
             arrived=self._clock(),
             limits=self._parameters,
+            tenant=self._tenant(batch.tenant),
         )
         if request.stream:
             raise UnsupportedParameter("A line of a batch cannot be streamed.", param="stream")
         if request.model != batch.model:
             raise InvalidValue("All lines of a batch ask for the same model.", param="model")
         request.band = Band.BATCH
-        request.tenant = self._tenant(batch.tenant)
         return request
 
     async def _ask(self, request: InferenceRequest) -> bytes:

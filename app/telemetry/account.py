@@ -16,6 +16,7 @@ from app.telemetry.metrics import Metrics, Series
 Clock = Callable[[], float]
 
 UNRESOLVED = ""
+NOTHING_USED = TokenUsage()
 CLIENT_GONE = "client_gone"
 CLIENT_STALLED = "client_stalled"
 TTFT_WEIGHT = 0.2
@@ -153,12 +154,13 @@ class Account:
         model, band = self._request.resolved_model, self._request.band
         self._metrics.in_flight.dec()
         self._metrics.ended(model, self.variant, band, outcome, code, ended - self.timeline.arrived)
-        if self._series is not None:
-            self._observe(self._series, ended, outcome)
+        usage = self._observe(self._series, ended, outcome) if self._series is not None else NOTHING_USED
+        self._metrics.tenant_ended(self._request.tenant.name, outcome, usage)
         if self._log.wants(outcome):
             self._log.write(self._request, self, outcome, code, ended)
 
-    def _observe(self, series: Series, ended: float, outcome: Outcome) -> None:
+    def _observe(self, series: Series, ended: float, outcome: Outcome) -> TokenUsage:
+        """Observe what happened on a worker; what was used there."""
         line = self.timeline
         series.queue_wait.observe(line.waited_s)
         if line.overhead_s is not None:
@@ -174,6 +176,7 @@ class Account:
         per_token = line.time_per_output_token(ended, usage.completion_tokens)
         if per_token is not None and outcome is Outcome.COMPLETED:
             series.tpot.observe(per_token)
+        return usage
 
 
 def outcome_of(cause: BaseException | None) -> Outcome:
@@ -228,6 +231,7 @@ class RequestsLog:
             route=request.route.value,
             model=request.resolved_model,
             variant=account.variant,
+            tenant=request.tenant.name,
             band=request.band.value,
             stream=request.stream,
             outcome=outcome.value,

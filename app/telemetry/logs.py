@@ -28,15 +28,7 @@ _DELIBERATE = "ASGI callable returned without completing response."
 def open_log(settings: Logs) -> Log:
     """A logger that writes to stderr, and the standard library's loggers (uvicorn's among them) routed into it."""
     level = logging.getLevelNamesMapping()[settings.level.upper()]
-    shared: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if settings.format == "json"
-        else structlog.dev.ConsoleRenderer(colors=False)
-    )
+    shared, renderer = _shared(), _renderer(settings)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -53,10 +45,29 @@ def open_log(settings: Logs) -> Log:
     root.handlers = [handler]
     root.setLevel(max(level, logging.INFO))
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    return _logger(settings, level)
+
+
+def open_audit(settings: Logs) -> Log:
+    """A logger for what operators do: in the same place and form, whatever level the log has."""
+    return _logger(settings, logging.INFO)
+
+
+def _logger(settings: Logs, level: int) -> Log:
     log: Log = structlog.wrap_logger(
         structlog.PrintLogger(sys.stderr),
-        processors=[*shared, structlog.processors.format_exc_info, renderer],
+        processors=[*_shared(), structlog.processors.format_exc_info, _renderer(settings)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
     return log
+
+
+def _shared() -> list[structlog.typing.Processor]:
+    return [structlog.stdlib.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
+
+
+def _renderer(settings: Logs) -> structlog.typing.Processor:
+    if settings.format == "json":
+        return structlog.processors.JSONRenderer()
+    return structlog.dev.ConsoleRenderer(colors=False)

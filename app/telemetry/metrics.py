@@ -9,6 +9,7 @@ their number stays bounded. With several gateway processes each writes to memory
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from app.inference import Band, Outcome
+from app.inference import Band, Outcome, TokenUsage
 
 # vLLM's own bucket edges, so that gateway and engine panels overlay.
 TTFT_BUCKETS = (
@@ -82,13 +83,18 @@ OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
+MOST_TENANTS = 100
+OTHER_TENANTS = "other"
+
 _LABELS = ("model", "variant", "band")
 
 
 class Metrics:
     """The series of one process."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, tenants: Sequence[str] = ()) -> None:
+        """`tenants` are those that get series of their own, if they are not too many; the others share one."""
+
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, _LABELS, buckets=buckets, registry=registry)
 
@@ -149,6 +155,16 @@ class Metrics:
         self.retries = counter("sluice_retries_total", "Attempts that were repeated on another slot.", "reason")
         self.refused = counter("sluice_malformed_requests_total", "Requests refused before a route saw them.", "code")
         self.resumes = counter("sluice_resumes_total", "Resumable streams that broke, by what came of it.", "outcome")
+        self.auth_failures = counter("sluice_auth_failures_total", "Requests that nobody was let in for.", "reason")
+        self.open_doors = gauge("sluice_auth_disabled", "1 where no keys are asked for.", across="livemax")
+        self.tenant_requests = counter(
+            "sluice_tenant_requests_total", "Requests of a tenant that ended.", "tenant", "outcome"
+        )
+        self.tenant_tokens = counter(
+            "sluice_tenant_tokens_total", "Tokens of a tenant, as workers counted them.", "tenant", "direction"
+        )
+        self._shown_tenants = frozenset(tenants[:MOST_TENANTS])
+        self._tenant_ends: dict[tuple[str, Outcome], tuple[Counter, Counter, Counter]] = {}
         self.batch_lines = gauge("sluice_batch_lines", "Lines of unfinished batches.", "state", across="livemax")
         self.batch_lines_in_flight = gauge(
             "sluice_batch_lines_in_flight", "Lines that wait for a slot or are answered."
@@ -183,6 +199,22 @@ class Metrics:
         count.inc()
         duration.observe(duration_s)
 
+    def tenant_ended(self, tenant: str, outcome: Outcome, usage: TokenUsage) -> None:
+        """Count a request's end, and what it used, for whoever pays."""
+        key = (tenant if tenant in self._shown_tenants else OTHER_TENANTS, outcome)
+        found = self._tenant_ends.get(key)
+        if found is None:
+            found = self._tenant_ends[key] = (
+                self.tenant_requests.labels(*key),
+                self.tenant_tokens.labels(key[0], "input"),
+                self.tenant_tokens.labels(key[0], "output"),
+            )
+        requests, inputs, outputs = found
+        requests.inc()
+        if usage.prompt_tokens:
+            inputs.inc(usage.prompt_tokens)
+            outputs.inc(usage.completion_tokens)
+
     def exposition(self) -> bytes:
         """All series in Prometheus' text format; of all processes when there are several. Blocks for milliseconds."""
         if MULTIPROC_DIR not in os.environ:
@@ -207,13 +239,14 @@ def _forget_killed(directory: Path) -> None:
             values.unlink(missing_ok=True)
 
 
-def open_metrics() -> Metrics:
+def open_metrics(tenants: Sequence[str] = ()) -> Metrics:
+    """See `Metrics`."""
     # They would be a third of all series, and nobody reads them.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     if MULTIPROC_DIR not in os.environ:
         ProcessCollector(registry=registry)
-    return Metrics(registry)
+    return Metrics(registry, tenants)
 
 
 @dataclass(slots=True)

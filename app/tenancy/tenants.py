@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hmac
 from collections import OrderedDict
 
 from app import settings
+from app.inference import cache_salt
 from app.tenant import ANONYMOUS, Band, Limits, Tenant
 
 STRANGERS = 4096
@@ -16,22 +18,24 @@ class Tenants:
     Of these at most STRANGERS are kept, the latest ones: their names come from outside.
     """
 
-    def __init__(self, named: tuple[settings.Tenant, ...], default: settings.TenantTerms) -> None:
+    def __init__(self, named: tuple[settings.Tenant, ...], default: settings.TenantTerms, secret: bytes = b"") -> None:
         self._default = default
-        self._named = {tenant.name: tenant_of(tenant.name, tenant) for tenant in named}
+        self._secret = hmac.digest(secret, b"sluice cache salts", "sha256")
+        self._named = {tenant.name: tenant_of(tenant.name, tenant, self._secret) for tenant in named}
         self._strangers: OrderedDict[str, Tenant] = OrderedDict()
         self.anonymous = self.get(ANONYMOUS.name)
 
     def get(self, name: str) -> Tenant:
         found = self._named.get(name) or self._strangers.get(name)
         if found is None:
-            found = self._strangers[name] = tenant_of(name, self._default)
+            found = self._strangers[name] = tenant_of(name, self._default, self._secret)
             if len(self._strangers) > STRANGERS:
                 self._strangers.popitem(last=False)
         return found
 
 
-def tenant_of(name: str, terms: settings.TenantTerms) -> Tenant:
+def tenant_of(name: str, terms: settings.TenantTerms, secret: bytes) -> Tenant:
+    """Those without a name share one cache: they are not known to be more than one."""
     return Tenant(
         name=name,
         weight=terms.weight,
@@ -42,4 +46,5 @@ def tenant_of(name: str, terms: settings.TenantTerms) -> Tenant:
         engine_fields=terms.engine_fields,
         resume=terms.resume,
         degrade=terms.degrade,
+        cache_salt="" if name == ANONYMOUS.name else cache_salt(secret, name),
     )

@@ -75,7 +75,8 @@ def _engine() -> Iterator[Case]:
     yield bad("B55", {"background": True}, "background", RESPONSES, REFUSED)
     yield bad("B55", {"previous_response_id": "resp_x"}, "previous_response_id", RESPONSES, REFUSED)
     for name in ("cache_salt", "priority", "request_id", "session_id"):
-        yield Case("B54" if name == "cache_salt" else "B55", f"{name} is removed", asking({name: "x"}), (200,))
+        row, what = ("B54", "replaced") if name == "cache_salt" else ("B55", "removed")
+        yield Case(row, f"{name} is {what}", asking({name: "x"}), (200,))
 
 
 def _schemas() -> Iterator[Case]:

@@ -34,7 +34,8 @@ PLAIN = [kind for kind in leaves() if kind not in (WorkerRefused, MethodNotAllow
 def test_every_error_is_an_openai_error_object(kind: type[GatewayError]) -> None:
     told = json.loads(kind("why", param="p").body())["error"]
     assert told == {"message": "why", "type": kind.type, "param": "p", "code": kind.code}
-    assert told["type"] == ("invalid_request_error" if kind.status < 500 else "server_error") or kind.status == 429
+    by_status = {403: "permission_error", 429: "rate_limit_error"}
+    assert told["type"] == by_status.get(kind.status, "invalid_request_error" if kind.status < 500 else "server_error")
 
 
 @pytest.mark.parametrize("kind", PLAIN, ids=lambda kind: kind.__name__)

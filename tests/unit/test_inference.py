@@ -9,11 +9,12 @@ import pytest
 
 from app.errors import GatewayError, InvalidJson, InvalidValue, UnsupportedParameter
 from app.inference import REFUSED_FIELDS, Band, InferenceRequest, Route, cache_salt
+from app.tenant import ANONYMOUS, Tenant
 
 
-def parse(body: bytes | dict[str, Any], route: Route = Route.CHAT) -> InferenceRequest:
+def parse(body: bytes | dict[str, Any], route: Route = Route.CHAT, *, tenant: Tenant = ANONYMOUS) -> InferenceRequest:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return InferenceRequest.parse(raw, request_id="r", route=route, arrived=1.0)
+    return InferenceRequest.parse(raw, request_id="r", route=route, arrived=1.0, tenant=tenant)
 
 
 def sent(request: InferenceRequest, served: str = "served") -> Any:
@@ -71,7 +72,7 @@ def test_fields_that_steer_the_engine_are_refused(name: str) -> None:
 
 
 def test_fields_that_are_the_gateways_are_left_out() -> None:
-    request = parse({"model": "m", "priority": -5, "cache_salt": "theirs", "request_id": "x", "top_k": 3})
+    request = parse({"model": "m", "priority": -5, "session_id": "theirs", "request_id": "x", "top_k": 3})
     assert sent(request) == {"model": "served", "top_k": 3}
 
 
@@ -135,9 +136,26 @@ def test_a_conversation_starts_as_it_did_a_turn_ago() -> None:
 
 
 def test_the_salt_is_the_tenants_and_never_the_clients() -> None:
-    request = parse({"model": "m", "cache_salt": "theirs"})
-    request.cache_salt = cache_salt(b"secret", "acme")
-    assert sent(request) == {"model": "served", "cache_salt": request.cache_salt}
+    acme = Tenant("acme", cache_salt=cache_salt(b"secret", "acme"))
+    assert sent(parse({"model": "m"}, tenant=acme)) == {"model": "served", "cache_salt": acme.cache_salt}
+
+
+def test_a_clients_salt_only_narrows_its_tenants() -> None:
+    """Whatever a client sends, it shares a cache with nobody who sends another salt, or is another tenant."""
+    tenants = [Tenant(name, cache_salt=cache_salt(b"secret", name)) for name in ("one", "two")]
+    everybodys = {tenant.cache_salt for tenant in (*tenants, ANONYMOUS)}
+    sent_salts = ["", "x", tenants[0].cache_salt, tenants[1].cache_salt]
+    found = [parse({"model": "m", "cache_salt": salt}, tenant=tenant).cache_salt
+             for tenant in (*tenants, ANONYMOUS) for salt in sent_salts]  # fmt: skip
+    assert len({*found, *everybodys}) == 15
+    assert all(len(salt) == 32 for salt in found)
+    again = parse({"model": "m", "cache_salt": "x"}, tenant=tenants[0])
+    assert again.cache_salt == found[1]
+
+
+def test_a_salt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(InvalidValue):
+        parse({"model": "m", "cache_salt": 5})
 
 
 def test_a_salt_is_stable_short_plain_and_differs_by_tenant_and_by_secret() -> None:
@@ -146,3 +164,53 @@ def test_a_salt_is_stable_short_plain_and_differs_by_tenant_and_by_secret() -> N
     salts = {cache_salt(secret, tenant) for secret in (b"one", b"two") for tenant in ("a", "b", "ä", "")}
     assert len(salts) == 8
     assert all(len(salt) == 32 and salt.isalnum() for salt in salts)
+
+
+@pytest.mark.parametrize(
+    ("asked", "ceiling", "got"),
+    [
+        ("priority", Band.PRIORITY, Band.PRIORITY),
+        ("priority", Band.DEFAULT, Band.DEFAULT),
+        ("auto", Band.PRIORITY, Band.DEFAULT),
+        ("default", Band.FLEX, Band.FLEX),
+        ("flex", Band.DEFAULT, Band.FLEX),
+        ("priority", Band.BATCH, Band.BATCH),
+    ],
+)
+def test_a_tier_above_the_tenants_ceiling_is_lowered(asked: str, ceiling: Band, got: Band) -> None:
+    assert parse({"model": "m", "service_tier": asked}, tenant=Tenant("t", ceiling=ceiling)).band is got
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
+def test_more_tokens_than_the_tenant_may_ask_for_are_refused(name: str) -> None:
+    tenant = Tenant("t", max_tokens=100)
+    assert parse({"model": "m", name: 100}, tenant=tenant).max_tokens == 100
+    with pytest.raises(InvalidValue) as caught:
+        parse({"model": "m", name: 101}, tenant=tenant)
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "sent_as"),
+    [
+        (Route.CHAT, {}, {"max_completion_tokens": 100}),
+        (Route.CHAT, {"max_tokens": None}, {"max_tokens": None, "max_completion_tokens": 100}),
+        (Route.CHAT, {"max_tokens": 7}, {"max_tokens": 7}),
+        (Route.COMPLETIONS, {}, {"max_tokens": 16}),
+        (Route.RESPONSES, {}, {"max_output_tokens": 100}),
+        (Route.MESSAGES, {"max_tokens": 9}, {"max_tokens": 9}),
+        (Route.EMBEDDINGS, {}, {}),
+    ],
+)
+def test_who_names_no_number_gets_the_tenants_bound(
+    route: Route, fields: dict[str, Any], sent_as: dict[str, Any]
+) -> None:
+    body = sent(parse({"model": "m", **fields}, route, tenant=Tenant("t", max_tokens=100)))
+    assert {name: value for name, value in body.items() if name.startswith("max")} == sent_as
+
+
+def test_engine_fields_are_for_tenants_that_may() -> None:
+    body = {"model": "m", "kv_transfer_params": {"x": 1}}
+    assert sent(parse(body, tenant=Tenant("t", engine_fields=True)))["kv_transfer_params"] == {"x": 1}
+    with pytest.raises(UnsupportedParameter):
+        parse(body, tenant=Tenant("t"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.catalogue import Catalogue, Manifest
+from app.credentials import server_secret
 from app.errors import ConfigurationError, ModelNotFound
 from app.settings import is_loopback, load_settings
 
@@ -90,7 +91,13 @@ def test_environment_over_file_over_defaults_and_arguments_over_all(
             "models.0.variants.0.workers.0.url",
         ),
         ("models: [{name: m, variants: [{name: v, workers: [{url: 'http://h:1/v1'}]}]}]", "http://HOST:PORT"),
-        ("auth: {enabled: true}", "auth.enabled"),
+        ("auth: {enabled: true}\nadmission: {trust_tenant_header: true}", "admission.trust_tenant_header: "),
+        ("auth: {secret: x, secret_file: y}", "auth: secret and secret_file"),
+        ("admin: {port: 8000}", "admin.port: "),
+        ("tenants: [{name: a}, {name: a}]", "a tenant is listed twice"),
+        ("tenants: [{name: 'a b'}]", "tenants.0.name: a tenant's name"),
+        ("tenants: [{name: a, limits: {tokens: 5}}]", "tenants.0.limits.tokens: unknown key"),
+        ("tenants: [{name: a, ceiling: urgent}]", "tenants.0.ceiling: "),
     ],
 )
 def test_a_mistake_is_one_line_with_the_file_and_the_key(tmp_path: Path, text: str, told: str) -> None:
@@ -128,3 +135,39 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, text: str) -> N
     (tmp_path / "sluice.json").write_text(text)
     with pytest.raises(ConfigurationError, match=r"sluice\.json"):
         Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_guarded", "admin"),
+    [
+        ("listen: {host: 127.0.0.1}", False, None),
+        ("listen: {host: localhost}", False, None),
+        ("listen: {host: '::1'}", False, None),
+        ("listen: {host: 0.0.0.0}", True, "127.0.0.1"),
+        ("listen: {host: 0.0.0.0}\nadmin: {host: 10.0.0.1}", True, "10.0.0.1"),
+        ("listen: {host: gateway.example}", True, "127.0.0.1"),
+        ("admin: {host: 0.0.0.0}", True, "0.0.0.0"),
+        ("listen: {host: 0.0.0.0}\nauth: {enabled: false}", False, "127.0.0.1"),
+        ("auth: {enabled: true}", True, None),
+    ],
+)
+def test_keys_are_asked_for_unless_everything_is_on_loopback(
+    tmp_path: Path, text: str, is_guarded: bool, admin: str | None
+) -> None:
+    settings = load_settings(write(tmp_path, text))
+    assert settings.is_guarded is is_guarded
+    assert (settings.admin.host if settings.admin else None) == admin
+
+
+def test_a_secret_is_read_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("parrot-of-sixteen-bytes\n")
+    settings = load_settings(write(tmp_path, f"auth: {{secret_file: {secret}}}"))
+    assert server_secret(settings.auth) == b"parrot-of-sixteen-bytes"
+    monkeypatch.setenv("SLUICE_AUTH__SECRET", "parrot-in-the-environment")
+    told = load_settings(None)
+    assert server_secret(told.auth) == b"parrot-in-the-environment"
+    assert "parrot" not in repr(told) + str(told.model_dump()) + told.model_dump_json()
+    secret.write_text("two\nlines")
+    with pytest.raises(ConfigurationError, match="one line"):
+        server_secret(settings.auth)

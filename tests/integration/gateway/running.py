@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -14,6 +16,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from app.tenancy.keys import Pepper, Scope
+from app.tenancy.registrar import Registrar
+from app.tenancy.stores import FileKeys
 from tests.fakes.worker import FakeWorker
 from tests.processes import Process, free_port
 
@@ -69,10 +74,21 @@ class Scrape:
 class GatewayProcess:
     """`sluice gateway` on free ports of 127.0.0.1, as a child process; `http` asks its public listener.
 
-    With `admin` it has a second listener, and `operators` asks that one; otherwise both are the same.
+    With `admin` it has a second listener, and `operators` asks that one; otherwise both are the same. `http` shows
+    `key`, `operators` shows `admin_key`.
     """
 
-    def __init__(self, directory: Path, models: Sequence[Settings], *, admin: bool = False, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        models: Sequence[Settings],
+        *,
+        admin: bool = False,
+        key: str = "",
+        admin_key: str = "",
+        **settings: Any,
+    ) -> None:
+        self._key, self._admin_key = key, admin_key
         self.port = free_port()
         self.admin_port = free_port() if admin else self.port
         listeners: dict[str, Any] = {"listen": {"port": self.port, **settings.pop("listen", {})}}
@@ -96,8 +112,9 @@ class GatewayProcess:
         return self._process
 
     async def __aenter__(self) -> Self:
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=20)
-        self.operators = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.admin_port}", timeout=20)
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=20, headers=_bearer(self._key))
+        operators = f"http://127.0.0.1:{self.admin_port}"
+        self.operators = httpx.AsyncClient(base_url=operators, timeout=20, headers=_bearer(self._admin_key))
         self._process = start_gateway("--config", str(self._config))
         try:
             await asyncio.to_thread(self._process.wait_for_line, "Application startup complete", START_TIMEOUT_S)
@@ -149,6 +166,22 @@ class GatewayProcess:
             return all(scrape.sum(name) == 0 for name in held)
 
         await until(is_idle, "no slot held, no ticket waiting, no request in flight", timeout_s)
+
+
+async def issue_keys(
+    file: Path, *tenants: str, admin: str = "", secret: str = "", lifetime_s: float | None = None
+) -> dict[str, str]:
+    """New keys in `file`, by tenant; `admin` is the tenant whose key is an admin's."""
+    registrar = Registrar(FileKeys(file), Pepper(secret.encode()), time.time)
+    lifetime = None if lifetime_s is None else timedelta(seconds=lifetime_s)
+    keys = {tenant: (await registrar.create(tenant, lifetime=lifetime)).text for tenant in tenants}
+    if admin:
+        keys[admin] = (await registrar.create(admin, scope=Scope.ADMIN)).text
+    return keys
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def start_gateway(*arguments: str) -> Process:

@@ -72,3 +72,25 @@ def test_an_option_that_does_not_exist() -> None:
         assert process.wait(TIMEOUT_S) == WRONG_CONFIGURATION
         assert "--prot" in process.output
         assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("listen: {host: 0.0.0.0, port: 0}\nadmin: {port: 0}", ["there is no key", "sluice keys create"]),
+        ("auth: {enabled: true}\nlisten: {port: 0}", ["there is no key"]),
+        ("auth: {enabled: true, key_files: [FILE]}\nlisten: {port: 0}", ["FILE", "No such file"]),
+        ("auth: {enabled: true, key_files: [EMPTY]}\nlisten: {port: 0}", ["there is no key"]),
+        ("auth: {enabled: true, key_files: [BROKEN]}\nlisten: {port: 0}", ["BROKEN", "digest"]),
+        ("auth: {enabled: true, secret_file: FILE}\nlisten: {port: 0}", ["FILE", "No such file"]),
+    ],
+)
+def test_s1_nobody_could_get_in(tmp_path: Path, text: str, facts: list[str]) -> None:
+    (tmp_path / "EMPTY").write_text("keys: []")
+    (tmp_path / "BROKEN").write_text("keys: [{id: key_0000000000000000, digest: sk-sluice-a-key-itself}]")
+    for name in ("FILE", "EMPTY", "BROKEN"):
+        text = text.replace(name, str(tmp_path / name))
+    code, line = refused("--config", str(written(tmp_path, text)))
+    assert code == WRONG_CONFIGURATION
+    assert all(fact in line for fact in facts), line
+    assert "sk-sluice-a-key-itself" not in line
