@@ -16,6 +16,9 @@ import uvloop
 from loadtest.batch_truth import TruthPlan
 from loadtest.batch_truth import figures as truth_figures
 from loadtest.batch_truth import measure as measure_truth
+from loadtest.batch_yields import YieldPlan
+from loadtest.batch_yields import figures as yield_figures
+from loadtest.batch_yields import measure as measure_yield
 from loadtest.bench import Cores, Findings, Plan, bench
 from loadtest.conversations import Workload
 from loadtest.cpu import split_cores, usable_cores
@@ -114,6 +117,22 @@ def batch_truth_command(lines: int, seed: int, every: tuple[float, float]) -> No
     print(truth_figures(truth, plan))
     if faults := truth.faults(plan):
         raise click.ClickException("; ".join(faults))
+
+
+@main.command("batch-yields")
+@click.option("--pairs", type=click.IntRange(1, 20), default=YieldPlan.pairs, show_default=True)
+@click.option("--seconds", type=click.FloatRange(3, 300), default=YieldPlan.window_s, show_default=True)
+@click.option("--rate", type=click.FloatRange(1, 500), default=YieldPlan.rate, show_default=True, help="Interactive.")
+@click.option("--slots", type=click.IntRange(1, 1024), default=YieldPlan.slots, show_default=True)
+def batch_yields_command(pairs: int, seconds: float, rate: float, slots: int) -> None:
+    """Interactive TTFT without and with a batch that takes all it can get, and what that is."""
+    plan = YieldPlan(pairs=pairs, window_s=seconds, rate=rate, slots=slots)
+    with tempfile.TemporaryDirectory(prefix="sluice-batch-yields-") as place:
+        try:
+            found = asyncio.run(_cancelled_by_sigterm(measure_yield(plan, Path(place))))
+        except asyncio.CancelledError:
+            raise click.Abort from None
+    print(yield_figures(found))
 
 
 def _write(file: Path, section: str) -> None:
