@@ -36,7 +36,7 @@ class Meter:
         try:
             variants = self._catalogue.resolve(name)
         except ModelNotFound:
-            return Seen(free=1, interactive=0, waiting=0, lines_waiting=0, ttft_s=None)
+            return Seen(slots=1, free=1, interactive=0, waiting=0, lines_waiting=0, ttft_s=None)
         pool = {worker.id for worker in self._registry.pool(variants)}
         overview = await self._admission.overview()
         flows = [flow for flow in overview.flows if not pool.isdisjoint(flow.candidates)]
@@ -46,6 +46,7 @@ class Meter:
             if lease.worker_id in pool and lease.ticket.band is not Band.BATCH
         ]
         return Seen(
+            slots=sum(slots for worker_id, _, slots in overview.slots if worker_id in pool),
             free=sum(max(0, slots - held) for worker_id, held, slots in overview.slots if worker_id in pool),
             interactive=len(others),
             waiting=sum(flow.tickets for flow in flows if flow.band < RANK[Band.BATCH]),

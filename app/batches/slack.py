@@ -2,8 +2,8 @@
 
 Lines come last in the queue, so a waiting line takes nothing from anybody; but one that runs keeps its slot until it
 is done. So lines are only sent for slots that stand free, with room left for as many interactive requests as there were
-at their latest peak. One that has to wait, or a TTFT above its target, halves the lines at once; they come back step by
-step.
+at their latest peak, within a tenth of what is idle. One that has to wait, or a TTFT above its target, halves the lines
+at once; they come back step by step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from math import ceil
 
 PEAK_KEPT = 0.95
 """Of a peak, after each look: half of it is forgotten after some fourteen."""
-PEAK_MARGIN = 1.125
+RESERVE_MAX = 0.1
+"""Of what interactive requests leave over; but always one slot, while there are any."""
 WAITING_LINES = 1
 """Lines that may wait for a slot, so that one that comes free is used at once."""
 
@@ -22,10 +23,12 @@ WAITING_LINES = 1
 class Seen:
     """One look at the workers of a model. Tokens flow elsewhere; these are slots and requests.
 
-    `free` slots nobody holds; `interactive` are held by this process' other requests; `waiting` requests of all
-    processes outrank lines and wait; `lines_waiting` lines wait; `ttft_s` is the recent mean, None without any.
+    `slots` there are, of which nobody holds `free`; `interactive` are held by this process' other requests; `waiting`
+    requests of all processes outrank lines and wait; `lines_waiting` lines wait; `ttft_s` is the recent mean, None
+    without any.
     """
 
+    slots: int
     free: int
     interactive: int
     waiting: int
@@ -45,7 +48,8 @@ class Slack:
         peak = max(float(seen.interactive), self.peak * PEAK_KEPT)
         if seen.waiting or (seen.ttft_s is not None and seen.ttft_s > ttft_target_s):
             return Slack(min(self.limit, in_flight) // 2, peak)
-        reserve = ceil(peak * PEAK_MARGIN) - seen.interactive if peak >= 0.5 else 0
+        wanted = ceil(peak) - seen.interactive if peak >= 0.5 else 0
+        reserve = min(wanted, max(1, int((seen.slots - seen.interactive) * RESERVE_MAX)))
         spare = seen.free - reserve
         if seen.lines_waiting > WAITING_LINES or spare < 0:
             fewer = max(seen.lines_waiting - WAITING_LINES, -spare)
