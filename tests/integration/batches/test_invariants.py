@@ -403,6 +403,7 @@ async def _pieces(data: bytes) -> AsyncIterator[bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_invariants_hold_under_crashes(tmp_path: Path) -> None:
     with Valkey(tmp_path) as valkey:
         BatchesUnderCrashes.valkey = valkey
