@@ -57,7 +57,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
-    """Where a worker of a variant listens, what it calls the model, and how many slots it has.
+    """Where a worker of a variant listens, what it calls the model, and how many slots it has, at most if it adapts.
 
     `tls` is None for plain HTTP. `api_key` is the worker's own and goes nowhere else; empty for none.
     """
@@ -67,6 +67,7 @@ class WorkerAddress:
     port: int
     served_model: str
     slots: int
+    adapts: bool = False
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     server_name: str | None = None
     api_key: str = field(default="", repr=False)
@@ -164,7 +165,8 @@ def _worker(public_name: str, configured: settings.Worker, contexts: TlsContexts
         host=host.strip("[]"),
         port=int(port),
         served_model=configured.served_model or public_name,
-        slots=configured.max_concurrency,
+        slots=configured.most_slots,
+        adapts=configured.max_concurrency == "auto",
         tls=contexts.of(tls) if is_tls else None,
         server_name=tls.server_name,
         api_key=read_secret(configured.api_key_file, configured.api_key_env),

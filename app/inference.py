@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -112,6 +112,10 @@ def narrowed_salt(tenant_salt: str, client_salt: str) -> str:
     return cache_salt(tenant_salt.encode(), client_salt)
 
 
+QueueListener = Callable[[int, int, float], None]
+"""Is told of a request that waits: its position among its tenant's, how many those are, expected wait in seconds."""
+
+
 @dataclass(slots=True, kw_only=True)
 class InferenceRequest:
     """One request for a model.
@@ -122,6 +126,8 @@ class InferenceRequest:
     most. `resolved_model` is the catalogue's name, empty until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's, or one within it where the client sent a salt of its own (see `narrowed_salt`).
     `id` is the gateway's own, never used before; `client_id` what the client calls the request, for logs only.
+    `on_wait` is told, now and then, how long the queue is while it waits; it is set for a client that
+    `wants_queue_events`.
     """
 
     id: str
@@ -140,6 +146,8 @@ class InferenceRequest:
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
     client_id: str = ""
+    wants_queue_events: bool = False
+    on_wait: QueueListener | None = None
 
     @classmethod
     def parse(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from app.admission.controller import RedisAdmission
 from app.admission.local import LocalAdmission
 from app.admission.roster import QueuedAdmission
-from app.admission.ticket import Admission
+from app.admission.slots import AdaptiveSlots
 from app.batches.batches import Batches
 from app.batches.claims import Claims, LocalClaims, RedisClaims
 from app.batches.files import Files
@@ -132,21 +132,32 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
 class Capacity:
     """Tells the admission how many slots each worker has, whenever that changes."""
 
-    def __init__(self, admission: Admission, rules: Health, clock: Callable[[], float]) -> None:
+    def __init__(self, admission: QueuedAdmission, rules: Health, clock: Callable[[], float]) -> None:
         self._admission = admission
         self._rules = rules
         self._clock = clock
-        self._offered: dict[str, tuple[int, bool]] = {}
+        self._adaptive: dict[str, AdaptiveSlots] = {}
+        self._offered: dict[str, tuple[int, bool, int | None]] = {}
 
     def offer(self, worker: Worker) -> None:
-        offered = (open_slots(worker, self._clock(), self._rules), worker.condition.serves)
+        if worker.address.adapts:
+            self._adapt(worker)
+        slots = open_slots(worker, self._clock(), self._rules)
+        offered = (slots, worker.condition.serves, worker.limit)
         if self._offered.get(worker.id) != offered:
             self._offered[worker.id] = offered
-            self._admission.set_slots(worker.id, offered[0], is_served=offered[1])
+            self._admission.set_slots(worker.id, slots, is_served=worker.condition.serves, limit=worker.limit)
 
     def slots(self, worker: Worker) -> int:
         """The slots that were offered last."""
-        return self._offered.get(worker.id, (0, False))[0]
+        offered = self._offered.get(worker.id)
+        return offered[0] if offered else 0
+
+    def _adapt(self, worker: Worker) -> None:
+        adaptive = self._adaptive.setdefault(worker.id, AdaptiveSlots(worker.address.slots))
+        if worker.load is not None:
+            adaptive.observe(worker.load, self._admission.steered.get(worker.id))
+        worker.limit = adaptive.limit
 
 
 def _identification(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
@@ -160,7 +160,10 @@ class Worker(Part):
 
     url: str
     served_model: str | None = Field(None, description="the name vLLM knows the model by; default: `model:variant`")
-    max_concurrency: int = Field(64, ge=1, le=65536, description="slots: requests this worker holds at once")
+    max_concurrency: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field(
+        64, description="slots: requests this worker holds at once; `auto`: as many as its throughput gains from"
+    )
+    max_num_seqs: int = Field(256, ge=1, le=65536, description="vLLM's own flag: the most that `auto` tries")
     tls: WorkerTls | None = Field(None, description="default for https: the system's authorities")
     api_key_file: Path | None = Field(None, description="holds what the worker was given as --api-key")
     api_key_env: str | None = Field(
@@ -175,6 +178,10 @@ class Worker(Part):
         if not is_http or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
             raise ValueError("a worker's url is http://HOST:PORT or https://HOST:PORT")
         return url.rstrip("/")
+
+    @property
+    def most_slots(self) -> int:
+        return self.max_num_seqs if self.max_concurrency == "auto" else self.max_concurrency
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -245,14 +252,18 @@ class Admission(Part):
     no_worker_timeout_s: float = Field(3, ge=0, le=60, description="longest wait while no worker is usable at all")
     ageing_s: float = Field(10, gt=0, le=3600, description="each so many seconds of waiting lift a ticket by one band")
     order_s_per_token: float = Field(
-        0, ge=0, le=10, description="order in a flow: 0 is by arrival; above, each predicted token delays by so much"
+        0.01,
+        ge=0,
+        le=10,
+        description="order in a tenant's flow: shortest first, each predicted token like so much later an arrival;"
+        " 0 is by arrival",
     )
     lease_s: float = Field(15, gt=0, le=300, description="a lease of a replica that fell silent ends after this")
     replicas: int = Field(
         1,
         ge=1,
         le=1000,
-        description="gateway replicas that share the workers; each uses its part of them without Redis",
+        description="gateway replicas at least; the ledger counts those that live. Without Redis each uses its part",
     )
     without_redis: Literal["local", "refuse"] = Field(
         "local", description="while Redis is gone: serve a static share, or answer 503"

@@ -22,15 +22,20 @@ from loadtest.batch_yields import measure as measure_yield
 from loadtest.bench import Cores, Findings, Plan, bench
 from loadtest.conversations import Workload
 from loadtest.cpu import split_cores, usable_cores
+from loadtest.order import MIXES, OrderPlan
+from loadtest.order import figures as order_figures
+from loadtest.order import measure as measure_order
+from loadtest.order import section as order_section
 from loadtest.peers import PEERS, bench_home, install
 from loadtest.prefix import PrefixPlan
 from loadtest.prefix import figures as prefix_figures
 from loadtest.prefix import measure as measure_prefix
 from loadtest.prefix import section as prefix_section
-from loadtest.prefix import versions as prefix_versions
 from loadtest.processes import ProcessError
 from loadtest.report import circumstances, figures_table, render, verdicts, with_section
+from loadtest.scenarios.command import COMMANDS
 from loadtest.targets import Target, targets
+from loadtest.vllm_worker import versions
 
 T = TypeVar("T")
 
@@ -99,7 +104,23 @@ def prefix_command(rounds: int, conversations: int, kv_mib: int, output: Path | 
     except ProcessError as error:
         raise click.ClickException(str(error)) from None
     print("\n" + prefix_figures(seen))
-    _write(output or RESULTS, prefix_section(seen, plan, prefix_versions()))
+    _write(output or RESULTS, prefix_section(seen, plan, versions()))
+
+
+for command in COMMANDS:
+    main.add_command(command)
+
+
+@main.command("order")
+@click.option("--requests", type=click.IntRange(100, 100_000), default=4000, show_default=True, help="In each run.")
+@click.option("--seeds", type=click.IntRange(1, 20), default=3, show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
+def order_command(requests: int, seeds: int, output: Path | None) -> None:
+    """First come first served against shortest predicted first, on simulated workers (a minute, no load at all)."""
+    plan = OrderPlan(requests=requests)
+    results = measure_order(plan, tuple(MIXES), seeds=seeds)
+    print("\n" + order_figures(results))
+    _write(output or RESULTS, order_section(results, plan, seeds))
 
 
 @main.command("batch-truth")

@@ -12,6 +12,8 @@ from typing import Protocol, cast
 import httptools
 
 CHAT_PATH = "/v1/chat/completions"
+REFUSAL_KEPT = 1024
+"""Bytes kept of an answer whose status is not 200."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,32 @@ class StampScanner:
         return stamps
 
 
+class ContentScanner:
+    """Finds the content chunks of a real vLLM's stream, which carry no stamps: each is due when it is seen."""
+
+    _CONTENT = re.compile(rb'"delta":\{"content":"[^"]')
+    _LONGEST = len(b'"delta":{"content":"')
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def feed(self, piece: bytes) -> list[int]:
+        """The time now, once for every content chunk that began in this piece."""
+        data = self._tail + piece
+        count, end = 0, 0
+        for match in self._CONTENT.finditer(data):
+            count, end = count + 1, match.end()
+        self._tail = data[max(end, len(data) - self._LONGEST) :]
+        return [time.monotonic_ns()] * count
+
+
+class Scanner(Protocol):
+    """Finds the content chunks of one answer."""
+
+    def feed(self, piece: bytes) -> list[int]:
+        """When each content chunk that this piece completes was due."""
+
+
 class Load(Protocol):
     """What drives connections and hears what happens on them. Times are CLOCK_MONOTONIC nanoseconds."""
 
@@ -89,14 +117,19 @@ class Load(Protocol):
 class Connection(asyncio.Protocol):
     """One connection that carries one exchange at a time."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, scanner: type[Scanner] = StampScanner) -> None:
         self._load = load
+        self._new_scanner = scanner
         self.busy = False
         self.reusable = True
         self.sent_ns = 0
         """When the current exchange was due to be sent; latencies count from here."""
         self.tokens = 0
         """Content chunks of the current exchange so far."""
+        self.headers: dict[bytes, bytes] = {}
+        """Of the current answer, names in lower case."""
+        self.refusal = b""
+        """The beginning of an answer that is none."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports share no base class with asyncio's.
@@ -107,7 +140,8 @@ class Connection(asyncio.Protocol):
     def send(self, request: bytes, due_ns: int) -> None:
         """Start an exchange that counts from `due_ns`."""
         self.busy, self.sent_ns, self.tokens = True, due_ns, 0
-        self._scanner = StampScanner()
+        self.headers, self.refusal = {}, b""
+        self._scanner = self._new_scanner()
         # On a connection that is closing, `on_lost` follows and tells the load that this exchange is lost.
         if not self._transport.is_closing():
             self._transport.write(request)
@@ -126,11 +160,16 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError:
             self._transport.abort()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.lower()] = value
+
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
         self.reusable = self._parser.should_keep_alive()
 
     def on_body(self, piece: bytes) -> None:
+        if self._status != 200:
+            self.refusal += piece[: REFUSAL_KEPT - len(self.refusal)]
         for due_ns in self._scanner.feed(piece):
             self.tokens += 1
             self._load.on_token(self, due_ns, self._now_ns)
@@ -141,13 +180,13 @@ class Connection(asyncio.Protocol):
             self._load.on_answer(self, self._status, self._now_ns)
 
 
-async def connect(load: Load, address: Address) -> Connection:
-    """Open one connection.
+async def connect(load: Load, address: Address, scanner: type[Scanner] = StampScanner) -> Connection:
+    """Open one connection; `scanner` finds the content chunks of its answers.
 
     Raises:
         OSError: refused, or not accepted within 5 s.
     """
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(5):
-        _, connection = await loop.create_connection(partial(Connection, load), address.host, address.port)
+        _, connection = await loop.create_connection(partial(Connection, load, scanner), address.host, address.port)
     return connection

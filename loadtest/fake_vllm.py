@@ -1,9 +1,6 @@
 """A very light stand-in for a vLLM worker, for measuring what stands in front of it.
 
-It speaks HTTP/1.1 on a raw asyncio protocol, so that its own cost stays far below any relay's. Every content chunk
-carries `"t"`: the CLOCK_MONOTONIC nanosecond at which it was *due*, so a client on the same machine sees how late it
-arrives, whoever was late. The order of the chunks is vLLM's: role, content (the first together with the role), finish,
-usage if asked for, `[DONE]`.
+It speaks HTTP/1.1 on a raw asyncio protocol, so that its own cost stays far below any relay's (see `serving`).
 
     python -m loadtest.fake_vllm --port 9001 --model m
 
@@ -13,50 +10,39 @@ out of band because some relays drop request fields they do not know.
 
 import asyncio
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import click
-import httptools
 import msgspec
 import uvloop
 
 from loadtest.pacing import Pacer
+from loadtest.serving import (
+    CHUNK,
+    COMPLETION,
+    CONTENT,
+    FINISH,
+    ROLE,
+    STREAM_HEAD,
+    USAGE,
+    WHOLE,
+    ServerConnection,
+    StreamOptions,
+    framed,
+    model_list,
+)
 
 MAX_TOKENS = 100_000
 """Longest answer; with the chunk's ~170 bytes it bounds what one unread answer can hold in memory."""
 
-_CREATED = b'"created":1795247277,"model":"%s",'
-_CHUNK = b'data: {"id":"chatcmpl-x","object":"chat.completion.chunk",' + _CREATED + b'"choices":[%%s]%%s}\n\n'
-_ROLE = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-_CONTENT = b'{"index":0,"delta":{"content":"tok "},"logprobs":null,"finish_reason":null,"token_ids":null}'
-_FINISH = b'{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}'
-_USAGE = b',"usage":{"prompt_tokens":12,"total_tokens":%d,"completion_tokens":%d}'
-_WHOLE = (
-    b'{"id":"chatcmpl-x","object":"chat.completion",' + _CREATED + b'"choices":[{"index":0,"message":{"role":'
-    b'"assistant","content":"%%s"},"logprobs":null,"finish_reason":"stop"}]%%s}'
-)
-# For canaries only: one token, at once.
-_COMPLETION = (
-    b'{"id":"cmpl-x","object":"text_completion",' + _CREATED + b'"choices":[{"index":0,"text":"tok","logprobs":null,'
-    b'"finish_reason":"length","stop_reason":null}]%s}'
-)
-_STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-)
 _METRICS = (
     '# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{{engine="0",model_name="{0}"}} {1}.0\n'
     '# TYPE vllm:num_requests_waiting gauge\nvllm:num_requests_waiting{{engine="0",model_name="{0}"}} 0.0\n'
     '# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc{{engine="0",model_name="{0}"}} 0.1\n'
 )
-
-
-class StreamOptions(msgspec.Struct):
-    include_usage: bool = False
 
 
 class ChatBody(msgspec.Struct):
@@ -99,14 +85,9 @@ class Worker:
     """A file that gets a line for each answer that was written whole: it outlives this process, however that ends."""
 
     def __post_init__(self) -> None:
-        self.chunk = _CHUNK % self.model.encode()
-        self.whole = _WHOLE % self.model.encode()
-        self.completion = _COMPLETION % (self.model.encode(), _USAGE % (2, 1))
-
-
-def framed(data: bytes) -> bytes:
-    """One chunk of HTTP/1.1 chunked coding."""
-    return b"%x\r\n%s\r\n" % (len(data), data)
+        self.chunk = CHUNK % self.model.encode()
+        self.whole = WHOLE % self.model.encode()
+        self.completion = COMPLETION % (self.model.encode(), USAGE % (2, 1))
 
 
 def tokenized(body: bytes) -> bytes:
@@ -122,7 +103,7 @@ class Answer:
     def __init__(self, worker: Worker, connection: "Connection", body: ChatBody) -> None:
         self._worker, self._connection, self._body = worker, connection, body
         self._pace, self._start_ns, self._sent = worker.pace, time.monotonic_ns(), 0
-        self._content = worker.chunk % (_CONTENT, b',"t":%d')
+        self._content = worker.chunk % (CONTENT, b',"t":%d')
         self.closed = False
         worker.running += 1
 
@@ -152,14 +133,14 @@ class Answer:
     def _write_whole(self) -> None:
         if self.closed:
             return
-        usage = _USAGE % (self._body.tokens + 12, self._body.tokens)
+        usage = USAGE % (self._body.tokens + 12, self._body.tokens)
         self._connection.reply(b"200 OK", self._worker.whole % (b"tok " * self._body.tokens, usage))
         self._finish()
 
     def _write_first(self) -> None:
         if self.closed:
             return
-        self._connection.write(_STREAM_HEAD + framed(self._worker.chunk % (_ROLE, b"")))
+        self._connection.write(STREAM_HEAD + framed(self._worker.chunk % (ROLE, b"")))
         self._write_token()
 
     def _write_token(self) -> None:
@@ -177,9 +158,9 @@ class Answer:
                 return
 
     def _write_end(self) -> None:
-        end = framed(self._worker.chunk % (_FINISH, b""))
+        end = framed(self._worker.chunk % (FINISH, b""))
         if self._body.stream_options and self._body.stream_options.include_usage:
-            end += framed(self._worker.chunk % (b"", _USAGE % (self._sent + 12, self._sent)))
+            end += framed(self._worker.chunk % (b"", USAGE % (self._sent + 12, self._sent)))
         self._connection.write(end + framed(b"data: [DONE]\n\n") + b"0\r\n\r\n")
         self._finish()
 
@@ -190,97 +171,53 @@ class Answer:
         self._close()
 
 
-class Connection(asyncio.Protocol):
-    """One client connection; one answer at a time, kept alive."""
+class Connection(ServerConnection):
+    """One client connection; one answer at a time."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._answer: Answer | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports share no base class with asyncio's.
-        self._transport = cast("asyncio.Transport", transport)
-        self._parser = httptools.HttpRequestParser(self)
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
     def connection_lost(self, exc: Exception | None) -> None:
         if self._answer:
             self._answer.abort()
 
-    def data_received(self, data: bytes) -> None:
+    @property
+    def is_answering(self) -> bool:
+        return self._answer is not None and not self._answer.closed
+
+    def post(self, body: bytes) -> None:
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError:
-            self._transport.close()
-
-    def on_message_begin(self) -> None:
-        self._body: list[bytes] = []
-
-    def on_url(self, url: bytes) -> None:
-        self._path = url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"expect":
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def on_body(self, piece: bytes) -> None:
-        self._body.append(piece)
-
-    def on_message_complete(self) -> None:
-        if self._answer and not self._answer.closed:
-            self._transport.close()  # a pipelined request; nothing measured here sends one
-        elif self._parser.get_method() == b"POST":
-            self._post(b"".join(self._body))
-        else:
-            self._get()
-
-    def write(self, data: bytes) -> None:
-        # The loop tells of a lost connection one turn after it is gone; uvloop raises on a write in between.
-        if not self._transport.is_closing():
-            self._transport.write(data)
-
-    def reply(self, status: bytes, body: bytes, content_type: bytes = b"application/json") -> None:
-        head = b"HTTP/1.1 %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n" % (status, content_type, len(body))
-        self.write(head + body)
-
-    def _post(self, body: bytes) -> None:
-        try:
-            if self._path == b"/pace":
+            if self.path == b"/pace":
                 self._worker.pace = msgspec.json.decode(body, type=Pace)
                 self.reply(b"200 OK", msgspec.json.encode(self._worker.pace))
-            elif self._path == b"/v1/chat/completions":
+            elif self.path == b"/v1/chat/completions":
                 self._answer = Answer(self._worker, self, msgspec.json.decode(body, type=ChatBody))
                 self._answer.begin()
-            elif self._path == b"/v1/completions":
+            elif self.path == b"/v1/completions":
                 self.reply(b"200 OK", self._worker.completion)
-            elif self._path == b"/tokenize":
+            elif self.path == b"/tokenize":
                 self.reply(b"200 OK", tokenized(body))
             else:
-                self._not_found()
+                self.reply_not_found()
         except msgspec.DecodeError as error:
-            message = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
-            self.reply(b"400 Bad Request", msgspec.json.encode({"error": message}))
+            self.reply_bad_request(str(error))
 
-    def _get(self) -> None:
+    def get(self) -> None:
         worker, answers = self._worker, self._answers()
-        if self._path == b"/metrics":
+        if self.path == b"/metrics":
             self.reply(b"200 OK", _METRICS.format(worker.model, worker.running).encode(), b"text/plain; version=0.0.4")
-        elif self._path in (b"/health", b"/ping"):
+        elif self.path in (b"/health", b"/ping"):
             self.reply(b"200 OK", b"", b"text/plain")
-        elif self._path in answers:
-            self.reply(b"200 OK", msgspec.json.encode(answers[self._path]))
+        elif self.path in answers:
+            self.reply(b"200 OK", msgspec.json.encode(answers[self.path]))
         else:
-            self._not_found()
-
-    def _not_found(self) -> None:
-        # As vLLM answers what it does not serve; some relays probe for routes and fall back on this.
-        self.reply(b"404 Not Found", b'{"detail":"Not Found"}')
+            self.reply_not_found()
 
     def _answers(self) -> dict[bytes, object]:
         worker = self._worker
-        card = {"id": worker.model, "object": "model", "created": 1795247277, "owned_by": "vllm", "root": worker.model}
         return {
-            b"/v1/models": {"object": "list", "data": [card | {"parent": None, "max_model_len": 1_048_576}]},
+            b"/v1/models": model_list(worker.model, 1_048_576),
             b"/load": {"server_load": worker.running},
             b"/version": {"version": "0.32.0"},
             b"/stats": {"running": worker.running, "served": worker.served, "aborted": worker.aborted},

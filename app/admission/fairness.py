@@ -14,7 +14,7 @@ random events and compares every grant. Times are integer microseconds of one cl
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -84,6 +84,17 @@ class Verdict(NamedTuple):
     wait_us: int = 0
 
 
+class Standing(msgspec.Struct, array_like=True, frozen=True):
+    """Where a waiting ticket stands among the `of` tickets of its flow, from 1, and its expected wait (0: not known).
+
+    All zero for one that does not wait. Of other tenants it tells nothing.
+    """
+
+    position: int
+    of: int
+    wait_us: int
+
+
 class Grant(NamedTuple):
     id: str
     worker: str
@@ -119,7 +130,7 @@ class Overview(msgspec.Struct, array_like=True, frozen=True):
 
 @dataclass(slots=True)
 class Drain:
-    """How fast a route's waiting tickets are granted: mean gap between grants while somebody waits."""
+    """How fast waiting tickets are granted, of a route or of a flow: mean gap between grants while somebody waits."""
 
     last_us: int
     gap_us: float = 0.0
@@ -142,8 +153,17 @@ class _Waiting:
 @dataclass(slots=True)
 class _Flow:
     tag: float
-    heap: list[tuple[float, str]] = field(default_factory=list)
-    size: int = 0
+    drain: Drain
+    tickets: list[tuple[float, str]] = field(default_factory=list)  # (order, id), sorted
+
+    def wait_us(self, position: int, route: Drain) -> int:
+        """At the flow's own pace, which tells what others take: higher bands, and tenants that do not wait now.
+
+        A flow that gets nothing is as slow as the time for which its route was granted to others.
+        """
+        passed_by_us = route.last_us - self.drain.last_us
+        gap_us = max(passed_by_us, self.drain.gap_us if self.drain.count >= DRAIN_TRUSTED else 0)
+        return int(position * gap_us)
 
 
 Line = tuple[int, str]  # band, route
@@ -184,14 +204,14 @@ class Queue:
 
     def arrive(self, place: Place, now_us: int) -> tuple[Verdict, list[Grant]]:
         """Grant `place` at once, let it wait, or refuse it. The grants are those of others that this brought about."""
-        known = self._known(place)
+        known = self._known(place, now_us)
         if known is not None:
             return known, []
         for worker in place.candidates:
             if self._is_free(worker) and not self._of_worker[worker]:
                 self._take(place, worker, self._start(place))
                 return Verdict(Kind.GRANTED, worker), []
-        wait_us = self._expected_wait(place)
+        wait_us = self._expected_wait(place, now_us)
         refusal = self._refusal(place, wait_us)
         if refusal is not None:
             return Verdict(refusal, wait_us=wait_us), []
@@ -217,12 +237,12 @@ class Queue:
             self._dequeue(waiting)
         return waiting is not None
 
-    def _known(self, place: Place) -> Verdict | None:
+    def _known(self, place: Place, now_us: int) -> Verdict | None:
         for worker in place.candidates:
             if place.id in self._held[worker]:
                 return Verdict(Kind.GRANTED, worker)
         if place.id in self._waiting:
-            return Verdict(Kind.WAITS, wait_us=self._expected_wait(place))
+            return Verdict(Kind.WAITS, wait_us=self._expected_wait(place, now_us))
         return None
 
     def _is_free(self, worker: str) -> bool:
@@ -247,17 +267,30 @@ class Queue:
             return Kind.HOPELESS
         return None
 
-    def _expected_wait(self, place: Place) -> int:
-        drain = self._drain.get(place.route)
-        return 0 if drain is None else int(self._ahead(place) * drain.gap_us)
+    def _order(self, place: Place, now_us: int) -> float:
+        """Where it stands in its flow, in microseconds: by arrival, put back by what it is expected to cost."""
+        return now_us - place.waited_us + self._rules.us_per_token * place.cost
 
-    def _ahead(self, place: Place) -> int:
+    def _expected_wait(self, place: Place, now_us: int) -> int:
+        """Of one that comes now."""
+        flow = self._lines.get((place.band, place.route), {}).get(place.tenant)
+        position = bisect_left(flow.tickets, (self._order(place, now_us), "")) + 1 if flow else 1
+        return self._wait_at(place, position, newcomers=1)
+
+    def _wait_at(self, place: Place, position: int, newcomers: int) -> int:
+        """The longer of what the paces of its route and of its own flow tell of this position in the flow."""
+        drain = self._drain.get(place.route)
+        if drain is None:
+            return 0
+        flows = self._lines.get((place.band, place.route), {})
+        ahead = self._ahead(place, position * (len(flows) + (place.tenant not in flows)), newcomers)
+        at_own_pace = flows[place.tenant].wait_us(position, drain) if place.tenant in flows else 0
+        return max(int(ahead * drain.gap_us), at_own_pace)
+
+    def _ahead(self, place: Place, in_turn: int, newcomers: int) -> int:
         """How many are granted first, if all cost the same: the higher bands; of each flow as many as of its own."""
         higher = sum(self._depth["line", (band, place.route)] for band in range(place.band))
-        flows = self._lines.get((place.band, place.route), {})
-        mine = flows[place.tenant].size + 1 if place.tenant in flows else 1
-        others = len(flows) if place.tenant in flows else len(flows) + 1
-        return higher + min(self._depth["line", (place.band, place.route)] + 1, mine * others)
+        return higher + min(self._depth["line", (place.band, place.route)] + newcomers, in_turn)
 
     def _count(self, place: Place, sign: int) -> None:
         for scope in (("tenant", place.tenant), ("band", place.band), ("all", None)):
@@ -273,18 +306,16 @@ class Queue:
     # Waiting
 
     def _enqueue(self, place: Place, now_us: int) -> None:
-        arrived = now_us - place.waited_us
-        order = arrived + self._rules.us_per_token * place.cost
-        waiting = _Waiting(place, order, arrived, now_us + place.patience_us)
+        order = self._order(place, now_us)
+        waiting = _Waiting(place, order, now_us - place.waited_us, now_us + place.patience_us)
         self._waiting[place.id] = waiting
         line = (place.band, place.route)
         if line not in self._lines:
             self._lines[line] = {}
             for worker in place.candidates:
                 self._of_worker[worker].add(line)
-        flow = self._lines[line].setdefault(place.tenant, _Flow(self._start(place)))
-        heapq.heappush(flow.heap, (order, place.id))
-        flow.size += 1
+        flow = self._lines[line].setdefault(place.tenant, _Flow(self._start(place), Drain(now_us)))
+        insort(flow.tickets, (order, place.id))
         if not any(self._depth["line", (band, place.route)] for band in range(len(Band) + 1)):
             self._drain.setdefault(place.route, Drain(now_us)).last_us = now_us
         self._count(place, 1)
@@ -295,8 +326,8 @@ class Queue:
         del self._waiting[place.id]
         self._count(place, -1)
         flow = self._lines[line][place.tenant]
-        flow.size -= 1
-        if flow.size:
+        del flow.tickets[bisect_left(flow.tickets, (waiting.order, place.id))]
+        if flow.tickets:
             return
         del self._lines[line][place.tenant]
         if not self._lines[line]:
@@ -317,6 +348,7 @@ class Queue:
             place = waiting.place
             self._drain[place.route].granted(now_us)
             flow = self._lines[place.band, place.route][place.tenant]
+            flow.drain.granted(now_us)
             self._dequeue(waiting)
             flow.tag = self._take(place, worker, tag)
             grants.append(Grant(place.id, worker))
@@ -345,21 +377,28 @@ class Queue:
             if finish > flow.tag:
                 flow.tag = finish
                 continue
-            while flow.heap[0][1] not in self._waiting:
-                heapq.heappop(flow.heap)
-            waiting = self._waiting[flow.heap[0][1]]
+            waiting = self._waiting[flow.tickets[0][1]]
             if waiting.deadline_us > now_us:
                 return flow.tag, waiting
             self._dequeue(waiting)
         return None
 
+    def standing(self, ticket_id: str) -> Standing:
+        waiting = self._waiting.get(ticket_id)
+        if waiting is None:
+            return Standing(0, 0, 0)
+        place = waiting.place
+        tickets = self._lines[place.band, place.route][place.tenant].tickets
+        position = bisect_left(tickets, (waiting.order, ticket_id)) + 1
+        return Standing(position, len(tickets), self._wait_at(place, position, newcomers=0))
+
     def overview(self, now_us: int) -> Overview:
         flows = []
         for (band, route), line in sorted(self._lines.items()):
             for tenant, flow in sorted(line.items()):
-                waiting = [self._waiting[name] for _, name in flow.heap if name in self._waiting]
+                waiting = [self._waiting[name] for _, name in flow.tickets]
                 oldest = max(now_us - ticket.arrived_us for ticket in waiting)
-                flows.append(Flow(band, route, waiting[0].place.candidates, tenant, flow.size, oldest))
+                flows.append(Flow(band, route, waiting[0].place.candidates, tenant, len(waiting), oldest))
         drains = [(route, drain.gap_us, drain.count) for route, drain in self._drain.items()]
         slots = [(worker, len(self._held[worker]), count) for worker, count in self._slots.items()]
         return Overview(flows, drains, slots)

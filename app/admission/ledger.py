@@ -22,7 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules
+from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules, Standing
 from app.credentials import TlsContexts, tls_failure
 from app.errors import ConfigurationError
 from app.settings import Redis, Tls
@@ -40,7 +40,9 @@ _FLAGS = {
     "sync": " flags=allow-oom",
     "reap": " flags=allow-oom",
     "look": " flags=no-writes,allow-oom",
+    "standing": " flags=no-writes,allow-oom",
 }
+_READS = frozenset({"look", "standing"})
 
 _encode = msgspec.msgpack.Encoder().encode
 T = TypeVar("T")
@@ -79,11 +81,17 @@ class Arrived(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Synced(msgspec.Struct, array_like=True, frozen=True):
-    """Ids of leases that found no slot, and of tickets that do not wait in the ledger (and have to arrive again)."""
+    """Ids of leases that found no slot, and of tickets that do not wait in the ledger (and have to arrive again).
+
+    `steered` are the limits of adaptive workers that another replica sets: (worker, limit). `replicas` are alive, this
+    one included.
+    """
 
     epoch: str
     lost: list[str]
     missing: list[str]
+    steered: list[tuple[str, int]] = []
+    replicas: int = 1
 
 
 class Reaped(msgspec.Struct, array_like=True, frozen=True):
@@ -154,14 +162,25 @@ def depart(departures: Departures) -> Call:
 
 
 def sync(
-    leases: Sequence[tuple[str, str]], tickets: Sequence[str], slots: Sequence[tuple[str, int]], new_epoch: str
+    leases: Sequence[tuple[str, str]],
+    tickets: Sequence[str],
+    slots: Sequence[tuple[str, int]],
+    new_epoch: str,
+    limits: Sequence[tuple[str, int]] = (),
 ) -> Call:
-    """All that the replica holds, waits for and sees; `new_epoch` is used if the ledger has to begin anew."""
-    return Call("sync", _encode((leases, tickets, slots, new_epoch)), Synced)
+    """All that the replica holds, waits for and sees; `new_epoch` is used if the ledger has to begin anew.
+
+    `limits` are those that it would give to adaptive workers, (worker, limit).
+    """
+    return Call("sync", _encode((leases, tickets, slots, new_epoch, limits)), Synced)
 
 
 def look() -> Call:
     return Call("look", _encode(()), Overview)
+
+
+def standing(tickets: Sequence[str]) -> Call:
+    return Call("standing", _encode(tickets), list[Standing])
 
 
 def reap() -> Call:
@@ -192,6 +211,7 @@ class Ledger:
     def __init__(self, redis: Redis, replica: str, rules: SharedRules, scripts: Scripts) -> None:
         self._redis = redis
         self._replica = replica.encode()
+        self._given = rules
         self._rules = _encode(rules)
         self._scripts = scripts
         self.prefix = f"{{{redis.prefix}}}:{LAYOUT}:"
@@ -202,6 +222,12 @@ class Ledger:
         self._number = 0
         self._answered = -1
         self.epoch = ""
+
+    def expect(self, replicas: int) -> None:
+        """So many have to tell what they hold before a ledger that lost it grants again."""
+        if replicas != self._given.replicas:
+            self._given = msgspec.structs.replace(self._given, replicas=replicas)
+            self._rules = _encode(self._given)
 
     async def open(self) -> None:
         """Connect, check the server, load the scripts, subscribe. Raises LedgerGone, ConfigurationError."""
@@ -275,7 +301,7 @@ class Ledger:
         reply = _decode_reply(packed)
         if reply.status:
             return LedgerChanged()
-        if call.script != "look":
+        if call.script not in _READS:
             self._answered = number
         body = msgspec.msgpack.decode(reply.body, type=call.body)
         if isinstance(body, Synced):

@@ -46,6 +46,10 @@ class LocalDesk:
         now = self._clock()
         self._tell(self._queue.set_slots(worker_id, slots, int(now * US)))
 
+    def ask_standing(self, tickets: list[str]) -> None:
+        for ticket_id in tickets:
+            self._roster.tell(ticket_id, self._queue.standing(ticket_id))
+
     def overview(self) -> Overview:
         return self._queue.overview(int(self._clock() * US))
 

@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from app import settings
+from app.admission.announcer import Announcer
 from app.admission.cost import Costs
-from app.admission.fairness import MOVED, RANK, Debt, Kind, Overview, Place, Rules
+from app.admission.fairness import MOVED, RANK, Debt, Kind, Overview, Place, Rules, Standing
 from app.admission.ticket import Ticket
 from app.errors import GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
-from app.inference import Band, TokenUsage
+from app.inference import Band, QueueListener, TokenUsage
 from app.telemetry.metrics import Metrics
 
 US = 1_000_000
@@ -74,6 +75,14 @@ class QueuedLease:
         """What a slot costs its tenant; a move has been paid for."""
         return 0.0 if self.is_moved else self.cost
 
+    @property
+    def on_wait(self) -> QueueListener | None:
+        return self.ticket.on_wait
+
+    @property
+    def is_waiting(self) -> bool:
+        return not self.worker_id and self.granted is not None and not self.granted.done()
+
     def place(self, now: float, route: str, waited_s: float) -> Place:
         """Itself as the order sees it at `now`, monotonic seconds, after it has waited so long already."""
         ticket = self.ticket
@@ -116,7 +125,7 @@ class Roster:
     def __init__(self, name: str, metrics: Metrics, clock: Callable[[], float]) -> None:
         self.name = name
         self._metrics = metrics
-        self._clock = clock
+        self.clock = clock
         self._routes: dict[tuple[str, ...], str] = {}
         self._loads: Counter[str] = Counter()
         self.waiting: dict[str, QueuedLease] = {}
@@ -125,7 +134,7 @@ class Roster:
     def enter(self, lease: QueuedLease, patience_s: float) -> asyncio.Future[None]:
         """A new wait begins, under a new id; done when it is granted."""
         lease.id = f"{self.name}.{secrets.token_hex(16)}"
-        lease.since = self._clock()
+        lease.since = self.clock()
         lease.deadline = min(lease.ticket.deadline, lease.since + patience_s)
         granted = lease.granted = asyncio.get_running_loop().create_future()
         lease.is_again = False
@@ -154,7 +163,7 @@ class Roster:
         if lease is None:
             return
         lease.worker_id = worker_id
-        lease.waited_s += self._clock() - lease.since
+        lease.waited_s += self.clock() - lease.since
         self.held[lease_id] = lease
         self._loads[worker_id] += 1
         self._finish(lease, None)
@@ -173,8 +182,14 @@ class Roster:
         """It was not granted at once: from now on its deadline is watched."""
         lease.wait_us = wait_us  # how long from here on, as far as the drain rate tells
         if lease.timer is None and lease.granted is not None and not lease.granted.done():
-            left_s = max(0.0, lease.deadline - self._clock())
+            left_s = max(0.0, lease.deadline - self.clock())
             lease.timer = asyncio.get_running_loop().call_later(left_s, self._expire, lease)
+
+    def tell(self, lease_id: str, standing: Standing) -> None:
+        """Where it stands, for whoever listens while it waits."""
+        lease = self.waiting.get(lease_id)
+        if lease is not None and lease.is_waiting and lease.on_wait is not None and standing.position:
+            lease.on_wait(standing.position, standing.of, standing.wait_us / US)
 
     def drop(self, lease: QueuedLease) -> bool:
         """Take it off the roster, waiting or held. False if it is on none."""
@@ -195,7 +210,7 @@ class Roster:
 
     def oldest(self) -> dict[Band, float]:
         """Seconds that the first of each band has waited."""
-        now = self._clock()
+        now = self.clock()
         found: dict[Band, float] = {}
         for lease in self.waiting.values():
             band = lease.ticket.band
@@ -244,6 +259,9 @@ class Desk(Protocol):
     def set_slots(self, worker_id: str, slots: int) -> None:
         """See `ticket.Admission`."""
 
+    def ask_standing(self, tickets: list[str]) -> None:
+        """Have the roster told where these stand."""
+
 
 class QueuedAdmission:
     """See `ticket.Admission`: takes tickets to the desk of the moment, and brings the leases back."""
@@ -254,7 +272,11 @@ class QueuedAdmission:
         self._max_wait_s = {band: limits.max_wait_s(band) for band in Band}
         self.roster = roster
         self.desk = desk
+        self.announcer = Announcer(lambda tickets: self.desk.ask_standing(tickets), roster.clock)
         self.slots: dict[str, int] = {}
+        self.limits: dict[str, int] = {}
+        self.steered: dict[str, int] = {}
+        """The limits of adaptive workers that another gateway process sets."""
         self.served: set[str] = set()
         self._closed: GatewayError | None = None
 
@@ -265,7 +287,10 @@ class QueuedAdmission:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Do what has to be done all the time."""
-        yield
+        try:
+            yield
+        finally:
+            self.announcer.close()
 
     def waiting(self, band: Band) -> int:
         """Tickets of this process that wait in `band`."""
@@ -275,8 +300,10 @@ class QueuedAdmission:
         """Slots of the worker that this process holds."""
         return self.roster.held_on(worker_id)
 
-    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None) -> None:
+    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None, limit: int | None = None) -> None:
         self.slots[worker_id] = slots
+        if limit is not None:
+            self.limits[worker_id] = limit
         (self.served.add if is_served or (is_served is None and slots) else self.served.discard)(worker_id)
         self.desk.set_slots(worker_id, self.share(slots))
 
@@ -325,6 +352,8 @@ class QueuedAdmission:
         granted = self.roster.enter(lease, limits.no_worker_timeout_s if lease.is_unserved else patience_s)
         try:
             self.desk.arrive(lease)
+            if lease.on_wait is not None and lease.is_waiting:
+                self.announcer.watch(lease)
             await granted
         except BaseException:
             # A grant may have come in the same tick as the cancellation or the expiry: a slot unused, and not paid for.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from app.inference import Band, InferenceRequest, TokenUsage
+from app.inference import Band, InferenceRequest, QueueListener, TokenUsage
 from app.tenant import ANONYMOUS, Tenant
 
 
@@ -16,7 +16,7 @@ class Ticket:
 
     `candidates` are worker ids, best first; `deadline` is monotonic seconds, after which the ticket must not be
     granted. `prompt_bytes` and `max_tokens` are what its cost is estimated from; the bytes are also what the request
-    holds in memory while it waits.
+    holds in memory while it waits. `on_wait` is told where it stands: see `announcer`.
     """
 
     id: str
@@ -27,6 +27,7 @@ class Ticket:
     prompt_bytes: int = 0
     max_tokens: int | None = None
     deadline: float = float("inf")
+    on_wait: QueueListener | None = None
 
     @classmethod
     def of(cls, request: InferenceRequest, candidates: tuple[str, ...]) -> Ticket:
@@ -39,6 +40,7 @@ class Ticket:
             prompt_bytes=request.prompt_bytes,
             max_tokens=request.max_tokens,
             deadline=request.deadline,
+            on_wait=request.on_wait,
         )
 
 
@@ -77,9 +79,10 @@ class Admission(Protocol):
         long), NoHealthyWorker, DependencyUnavailable.
         """
 
-    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None) -> None:
+    def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None, limit: int | None = None) -> None:
         """`worker_id` has `slots` from now on; 0 while it must get no new work.
 
         `is_served` tells whether tickets may wait for it with all their patience: by default when it has slots, and
-        also while a worker that is full for the moment has none.
+        also while a worker that is full for the moment has none. `limit` is what an adaptive worker was found to be
+        worth: of several gateways' limits one counts, whatever slots the others see.
         """

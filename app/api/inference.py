@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.access import caller_of
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
+from app.api.queue_events import serve_announced
 from app.api.responses import end_stream, send_reply
 from app.errors import Draining, InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
@@ -24,6 +25,7 @@ TRACE_STATE = re.compile(rb"[ -~]{1,512}")
 TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
+QUEUE_EVENTS_HEADER = b"x-sluice-queue-events"
 
 
 def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]]) -> None:
@@ -37,6 +39,8 @@ def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes
             request.deadline = min(request.deadline, request.arrived + _milliseconds(value) / 1000)
         elif name == CLIENT_TIMEOUT_HEADER:
             request.deadline = min(request.deadline, request.arrived + _patience_s(value))
+        elif name == QUEUE_EVENTS_HEADER:
+            request.wants_queue_events = request.stream and value == b"1"
     request.trace_headers = tuple(traces)
 
 
@@ -73,6 +77,9 @@ class InferenceRoutes:
         client = connection_of(scope)
         try:
             with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s, runtime.drain):
+                if request.wants_queue_events:
+                    await serve_announced(runtime.gateway, request, scope, send, client)
+                    return
                 with await runtime.gateway.serve(request) as reply:
                     await send_reply(reply, send, client)
         except Draining as error:

@@ -12,7 +12,8 @@ from app.relay.dialect import dialect_of
 
 Headers = list[tuple[bytes, bytes]]
 
-_NO_BUFFERING: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+
+STREAM_HEADERS: Headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 
 
 async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None:
@@ -36,7 +37,7 @@ async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": part})
         return
-    await send({"type": "http.response.start", "status": 200, "headers": headers + _NO_BUFFERING})
+    await send({"type": "http.response.start", "status": 200, "headers": headers + STREAM_HEADERS})
     await send({"type": "http.response.body", "body": part, "more_body": True})
     await answer.pour(client)
     if answer.is_whole:

@@ -102,7 +102,7 @@ class Router:
         if not blocks:
             return self._by_load(pool, request)
         ready = [worker for worker in pool if worker.is_ready]
-        pool_busy, pool_slots = sum(map(busy, ready)), sum(worker.address.slots for worker in ready)
+        pool_busy, pool_slots = sum(map(busy, ready)), sum(worker.slots for worker in ready)
         found = []
         for worker in _spread(pool, prompt[-TAIL_BYTES:]):
             if not worker.is_ready:

@@ -23,7 +23,7 @@ def busy(worker: Worker) -> int:
 
 def idleness(worker: Worker) -> float:
     """The free share of its slots."""
-    return max(0.0, 1.0 - busy(worker) / worker.address.slots)
+    return max(0.0, 1.0 - busy(worker) / worker.slots)
 
 
 def certainty(worker: Worker) -> float:
@@ -58,4 +58,4 @@ def load_limit(worker: Worker, pool_busy: int, pool_slots: int, bound: float) ->
     Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, arXiv:1608.01350): ⌈c·(m + 1)/n⌉ with m
     requests on n workers, here in proportion to each one's slots. At least one worker is always below its limit.
     """
-    return math.ceil(bound * (pool_busy + 1) * worker.address.slots / pool_slots)
+    return math.ceil(bound * (pool_busy + 1) * worker.slots / pool_slots)

@@ -17,8 +17,8 @@ def open_slots(worker: Worker, now: float, rules: Health) -> int:
     """
     if not worker.is_ready or is_kv_full(worker, rules.kv_usage_max):
         return 0
-    unclaimed = max(1, worker.address.slots - worker.strangers)
-    return min(unclaimed, ramped(worker.address.slots, worker.condition, now, rules.slow_start_s))
+    unclaimed = max(1, worker.slots - worker.strangers)
+    return min(unclaimed, ramped(worker.slots, worker.condition, now, rules.slow_start_s))
 
 
 def is_kv_full(worker: Worker, limit: float) -> bool:

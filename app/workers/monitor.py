@@ -192,7 +192,7 @@ class Monitor:
                 client.stream("GET", "/metrics") as response,
             ):
                 text = await _bounded_text(response, METRICS_MAX_BYTES)
-            worker.load = parse_engine_load(text) if response.is_success else None
+            worker.load = parse_engine_load(text, self._clock()) if response.is_success else None
         except (httpx.HTTPError, TimeoutError):
             worker.load = None
         if before is not None and worker.load is not None and worker.load.generated > before.generated:

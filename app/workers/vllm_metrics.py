@@ -13,6 +13,7 @@ RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
 GENERATED = "vllm:generation_tokens_total"
+PREEMPTIONS = "vllm:num_preemptions_total"
 CACHE_CONFIG = "vllm:cache_config_info"
 
 _KV_BLOCKS = re.compile(r'[{,]num_gpu_blocks="(\d{1,12})"')
@@ -24,7 +25,8 @@ class EngineLoad:
     """Requests in the engine and waiting inside it, and the used share (0..1) of its fullest KV cache.
 
     `generated` are the tokens it generated since it started: as long as they grow, it works. `kv_tokens` is the
-    capacity of all its KV caches, 0 when it does not tell.
+    capacity of all its KV caches, 0 when it does not tell. `preemptions` are the requests that it has thrown out of a
+    full cache so far. `at` is when this was read, monotonic seconds.
     """
 
     running: int
@@ -32,11 +34,13 @@ class EngineLoad:
     kv_usage: float
     kv_tokens: int = 0
     generated: float = 0.0
+    preemptions: float = 0.0
+    at: float = 0.0
 
 
-def parse_engine_load(text: str) -> EngineLoad | None:
-    """The load in a Prometheus text exposition; None when it does not say how many requests run."""
-    found: dict[str, list[float]] = {RUNNING: [], WAITING: [], KV_USAGE: [], GENERATED: []}
+def parse_engine_load(text: str, at: float = 0.0) -> EngineLoad | None:
+    """The load in a Prometheus text exposition read `at` that time; None when it does not say how many requests run."""
+    found: dict[str, list[float]] = {RUNNING: [], WAITING: [], KV_USAGE: [], GENERATED: [], PREEMPTIONS: []}
     kv_tokens = 0
     for line in text.splitlines():
         name, brace, rest = line.partition("{")
@@ -53,6 +57,8 @@ def parse_engine_load(text: str) -> EngineLoad | None:
         waiting=int(sum(found[WAITING])),
         kv_usage=min(max(found[KV_USAGE], default=0.0), 1.0),
         generated=sum(found[GENERATED]),
+        preemptions=sum(found[PREEMPTIONS]),
+        at=at,
         kv_tokens=kv_tokens,
     )
 

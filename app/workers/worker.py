@@ -193,7 +193,8 @@ class Worker:
     """A worker as this process knows it.
 
     `in_flight` counts the attempts that this process has open on it. `strangers` are the requests that its engine
-    works on and that nobody here holds a slot for. `latency_s` is the moving average from dispatch to first byte, 0
+    works on and that nobody here holds a slot for. `limit` is what was found to be worth while of the slots of a worker
+    that adapts. `latency_s` is the moving average from dispatch to first byte, 0
     while it is unknown.
     """
 
@@ -202,6 +203,7 @@ class Worker:
     condition: Condition = field(default_factory=Condition)
     load: EngineLoad | None = None
     context_length: int | None = None
+    limit: int | None = None
     in_flight: int = 0
     strangers: int = 0
     latency_s: float = 0.0
@@ -212,6 +214,11 @@ class Worker:
     @property
     def id(self) -> str:
         return self.address.id
+
+    @property
+    def slots(self) -> int:
+        """The most that it is to hold at once."""
+        return self.address.slots if self.limit is None else self.limit
 
     @property
     def is_ready(self) -> bool:

@@ -20,11 +20,20 @@ async def fake() -> AsyncIterator[FakeWorker]:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def served(fake: FakeWorker, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+async def narrow() -> AsyncIterator[FakeWorker]:
+    """The worker of the model `narrow`, which has one slot."""
+    async with FakeWorker("narrow") as worker:
+        yield worker
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def served(
+    fake: FakeWorker, narrow: FakeWorker, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Served]:
     async with FakeWorker("embed", task="embed") as embedder:
-        models = [model("smollm2", fake), model("embed", embedder)]
+        models = [model("smollm2", fake), model("embed", embedder), model("narrow", narrow, max_concurrency=1)]
         async with GatewayProcess(tmp_path_factory.mktemp("clients"), models) as gateway:
-            await gateway.ready(fake, embedder)
+            await gateway.ready(fake, embedder, narrow)
             yield Served(gateway, "smollm2", "smollm2:v", fake.url)
 
 

@@ -32,6 +32,23 @@ async function cancelled() {
   return { aborted: stream.controller.signal.aborted };
 }
 
+// What the client itself skips is counted on a copy of the body.
+async function queued() {
+  let copy;
+  const observing = async (url, init) => {
+    const response = await fetch(url, init);
+    const [mine, theirs] = response.body.tee();
+    copy = new Response(mine).text();
+    return new Response(theirs, { status: response.status, headers: response.headers });
+  };
+  const observed = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 60_000, fetch: observing });
+  const headers = { "x-sluice-queue-events": "1" };
+  const stream = await observed.chat.completions.create({ ...request, stream: true }, { headers });
+  let content = "";
+  for await (const chunk of stream) content += chunk.choices[0]?.delta?.content ?? "";
+  return { content, comments: (await copy).split(": sluice-queue ").length - 1 };
+}
+
 const modes = {
   chat: async () => {
     const { data, request_id } = await client.chat.completions.create(request).withResponse();
@@ -44,6 +61,7 @@ const modes = {
   broken: () => streamed({ x_fault: "die_after:3" }),
   missing: () => client.chat.completions.create({ ...request, model: "nobody" }),
   cancelled,
+  queued,
 };
 
 for (const mode of asked) {

@@ -13,19 +13,21 @@ from dataclasses import dataclass, replace
 class Timing:
     """Seconds that work takes; all zero means as fast as possible.
 
-    A step of the batch takes `decode_s + decode_s_per_running * running`: every running sequence gets one token a step.
+    A step of the batch takes `decode_s + decode_s_per_running * running`, and at least `decode_floor_s`: every running
+    sequence gets one token a step. With a floor the throughput has a knee, as where reading the weights takes longest.
     """
 
     prefill_s: float = 0.0
     prefill_s_per_token: float = 0.0
     decode_s: float = 0.0
     decode_s_per_running: float = 0.0
+    decode_floor_s: float = 0.0
 
     def prefill(self, tokens: int) -> float:
         return self.prefill_s + self.prefill_s_per_token * tokens
 
     def step(self, running: int) -> float:
-        return self.decode_s + self.decode_s_per_running * running
+        return max(self.decode_floor_s, self.decode_s + self.decode_s_per_running * running)
 
     def slowed(self, factor: float) -> Timing:
         """This timing stretched by a factor; time that was free counts as 1 ms."""
@@ -35,6 +37,7 @@ class Timing:
             prefill_s_per_token=self.prefill_s_per_token * factor,
             decode_s=max(self.decode_s, 0.001) * factor,
             decode_s_per_running=self.decode_s_per_running * factor,
+            decode_floor_s=self.decode_floor_s * factor,
         )
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from app import settings
 from app.admission.local import LocalAdmission
@@ -154,7 +154,7 @@ class House:
 @asynccontextmanager
 async def house(
     *workers: Address,
-    slots: int = 8,
+    slots: int | Literal["auto"] = 8,
     ready: Sequence[Address] | None = None,
     relay: dict[str, float] | None = None,
     health: dict[str, float] | None = None,

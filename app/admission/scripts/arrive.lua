@@ -22,13 +22,13 @@ local function at_once(place)
   return nil
 end
 
-local function wait(fields, place, index)
+local function wait(fields, place)
   local wait_us = expected_wait(place)
   local refused = refusal(place, wait_us)
   if refused then
     return { refused, wait_us }
   end
-  enqueue(fields, place, index)
+  enqueue(fields, place)
   for _, worker in ipairs(place.candidates) do
     grant(worker)
   end
@@ -42,6 +42,7 @@ end
 local body, open = {}, is_open()
 for index, fields in ipairs(payload) do
   local place = place_of(fields)
-  body[index] = known(place) or (open and at_once(place)) or wait(fields, place, index - 1)
+  place.waited_us = place.waited_us - (index - 1) -- keeps those apart, in their order, that arrive in one call
+  body[index] = known(place) or (open and at_once(place)) or wait(fields, place)
 end
 return answer(body)

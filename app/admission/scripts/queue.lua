@@ -4,7 +4,8 @@
 -- last answered call, 5 rules (msgpack), 6 payload (msgpack). A call answers msgpack: {status, opens_in_us, body}.
 --
 --   state              hash    epoch, seen (last call), since and until (grants are withheld: see `is_open`)
---   slots              hash    worker -> slots: the most that a live replica sees in it (view:WORKER: replica -> slots)
+--   slots              hash    worker -> slots: the most that a live replica sees in it (view:WORKER: replica -> slots),
+--                              of an adaptive worker at most its limit (limit:WORKER: replica -> limit; see `limit_of`)
 --   held:WORKER        zset    lease id -> expiry. The set is the truth; nothing counts beside it
 --   tickets            hash    ticket id -> what is known of it. An id names its replica: REPLICA.RANDOM
 --   line:BAND:ROUTE    zset    tenant -> tag of its flow
@@ -13,6 +14,7 @@
 --   virtual, finish:BAND       virtual time of a band; tenant -> finish, only of those that it has not passed
 --   depth              hash    how many wait, and their bytes, per tenant, band, line and in all
 --   drain:ROUTE        string  mean gap between grants while somebody waits
+--   drains:BAND:ROUTE  hash    tenant -> the same of its flow, for as long as it waits
 --   deadlines          zset    ticket id -> deadline
 --   alive, synced      zset    replica -> its last call, its last sync
 --   calls, replies     hash    replica -> number of its last call, and what that was answered
@@ -84,6 +86,20 @@ local drain = kept(function(route)
 end, function(route, value)
   call('SET', key('drain', route), cmsgpack.pack(value), 'EX', 3600)
 end)
+
+local function flow_drain(place)
+  local packed = call('HGET', key('drains', place.band, place.route), place.tenant)
+  return packed and cmsgpack.unpack(packed)
+end
+
+local function put_flow_drain(place, value)
+  call('HSET', key('drains', place.band, place.route), place.tenant, cmsgpack.pack(value))
+end
+
+local function drained(known)
+  local counted = math.min(known[3] + 1, DRAIN_WINDOW)
+  return { now, known[2] + (now - known[1] - known[2]) / counted, counted }
+end
 
 local function nothing() end
 
@@ -178,10 +194,27 @@ local function free(id, worker)
   return freed == 1
 end
 
+-- Each replica would give an adaptive worker a limit; one of them steers: the first by name that can use the worker.
+-- The highest or the latest of all limits would undo the look that one takes at a lower limit. nil, nil: not adaptive.
+local function limit_of(worker)
+  local limits, first, limit = call('HGETALL', key('limit', worker)), nil, nil
+  for at = 1, #limits, 2 do
+    local replica = limits[at]
+    if (not first or replica < first) and number_of(call('HGET', key('view', worker), replica)) > 0 then
+      first, limit = replica, tonumber(limits[at + 1])
+    end
+  end
+  return limit, first
+end
+
 local function count_slots(worker)
   local most = nil
   for _, seen in ipairs(call('HVALS', key('view', worker))) do
     most = math.max(most or 0, tonumber(seen))
+  end
+  local limit = limit_of(worker)
+  if most and limit then
+    most = math.min(most, limit)
   end
   slots.put(worker, most or 0)
   if most or call('EXISTS', key('held', worker)) == 1 then
@@ -255,17 +288,43 @@ local function waiting_in(route, from, to)
   return total
 end
 
+-- Where it stands in its flow: by arrival, put back by what it is expected to cost.
+local function order_of(place)
+  return now - place.waited_us + us_per_token * place.cost
+end
+
 -- How many are granted first, if all cost the same: the higher bands; of each flow as many as of its own.
-local function ahead(place)
-  local mine = call('ZCARD', key('flow', place.band, place.route, place.tenant))
-  local flows = call('ZCARD', key('line', place.band, place.route)) + (mine == 0 and 1 or 0)
+local function ahead(place, position, newcomers)
+  local flow = key('flow', place.band, place.route, place.tenant)
+  local flows = call('ZCARD', key('line', place.band, place.route)) + 1 - call('EXISTS', flow)
   local higher, same = waiting_in(place.route, 0, place.band - 1), waiting_in(place.route, place.band, place.band)
-  return higher + math.min(same + 1, (mine + 1) * flows)
+  return higher + math.min(same + newcomers, position * flows)
+end
+
+-- At the pace of its own flow, which tells what others take: higher bands, and tenants that do not wait now. A flow that
+-- gets nothing is as slow as the time for which its route was granted to others.
+local function wait_in_flow(place, position, known)
+  local own = flow_drain(place)
+  if not own then
+    return 0
+  end
+  return math.floor(position * math.max(known[1] - own[1], own[3] >= DRAIN_TRUSTED and own[2] or 0))
+end
+
+-- The longer of what the paces of its route and of its own flow tell of this position in the flow.
+local function wait_at(place, position, newcomers)
+  local known = drain.get(place.route)
+  if not known then
+    return 0
+  end
+  local by_route = math.floor(ahead(place, position, newcomers) * known[2])
+  return math.max(by_route, wait_in_flow(place, position, known))
 end
 
 local function expected_wait(place)
-  local known = drain.get(place.route)
-  return known and math.floor(ahead(place) * known[2]) or 0
+  local before = '(' .. string.format('%.17g', order_of(place))
+  local position = call('ZCOUNT', key('flow', place.band, place.route, place.tenant), '-inf', before) + 1
+  return wait_at(place, position, 1)
 end
 
 local function refusal(place, wait_us)
@@ -307,9 +366,8 @@ local function ticket(id)
   return place
 end
 
--- `index` keeps those apart, in their order, that arrive in one call.
-local function enqueue(fields, place, index)
-  local arrived, deadline = now - place.waited_us + index, now + place.patience_us
+local function enqueue(fields, place)
+  local arrived, deadline = now - place.waited_us, now + place.patience_us
   local name = place.band .. ':' .. place.route
   local line = key('line', name)
   if waiting_in(place.route, place.band, place.band) == 0 then
@@ -318,8 +376,10 @@ local function enqueue(fields, place, index)
       lines.put(worker, nil)
     end
   end
-  call('ZADD', line, 'NX', start(place), place.tenant)
-  call('ZADD', key('flow', name, place.tenant), arrived + us_per_token * place.cost, place.id)
+  if call('ZADD', line, 'NX', start(place), place.tenant) == 1 then
+    put_flow_drain(place, { now, 0, 0 })
+  end
+  call('ZADD', key('flow', name, place.tenant), order_of(place), place.id)
   if waiting_in(place.route, 0, BANDS - 1) == 0 then
     local known = drain.get(place.route) or { 0, 0, 0 }
     drain.put(place.route, { now, known[2], known[3] })
@@ -342,6 +402,7 @@ local function dequeue(place)
     return true
   end
   call('ZREM', key('line', name), place.tenant)
+  call('HDEL', key('drains', name), place.tenant)
   if waiting_in(place.route, place.band, place.band) == 0 then
     for _, worker in ipairs(place.candidates) do
       call('SREM', key('lines', worker), name)
@@ -414,12 +475,12 @@ local function grant(worker)
       return
     end
     local place = best.place
-    local known = drain.get(place.route) or { now, 0, 0 }
-    local counted = math.min(known[3] + 1, DRAIN_WINDOW)
-    drain.put(place.route, { now, known[2] + (now - known[1] - known[2]) / counted, counted })
+    drain.put(place.route, drained(drain.get(place.route) or { now, 0, 0 }))
+    local flow = drained(flow_drain(place) or { now, 0, 0 })
     local stays = dequeue(place)
     local tag = take(place, worker, best.tag)
     if stays then
+      put_flow_drain(place, flow)
       call('ZADD', key('line', place.band, place.route), tag, place.tenant)
     end
     tell(place.id, worker)

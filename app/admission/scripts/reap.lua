@@ -24,6 +24,7 @@ local function reap_replicas()
       call('HDEL', key('replies'), replica)
       for _, worker in ipairs(workers()) do
         call('HDEL', key('view', worker), replica)
+        call('HDEL', key('limit', worker), replica)
         count_slots(worker)
       end
     end

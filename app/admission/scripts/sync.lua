@@ -1,8 +1,9 @@
--- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch}: all that the replica holds, waits
--- for and sees. It is made so here: leases are renewed, or taken again while there is room; what the replica does not
--- know is removed. body: {epoch, ids of leases without a slot, ids of tickets that do not wait here}.
+-- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch, limits: {worker, limit}}: all that the
+-- replica holds, waits for and sees. It is made so here: leases are renewed, or taken again while there is room; what
+-- the replica does not know is removed. body: {epoch, ids of leases without a slot, ids of tickets that do not wait
+-- here, limits that others set: {worker, limit}, how many replicas are alive}.
 
-local leases, tickets, views, new_epoch = payload[1], payload[2], payload[3], payload[4]
+local leases, tickets, views, new_epoch, limits = payload[1], payload[2], payload[3], payload[4], payload[5]
 local holds, waits, sees = {}, {}, {}
 for _, lease in ipairs(leases) do
   holds[lease[1]] = lease[2]
@@ -30,12 +31,16 @@ local function join()
 end
 
 local function see()
+  for _, given in ipairs(limits) do
+    call('HSET', key('limit', given[1]), me, given[2])
+  end
   for worker, slots in pairs(sees) do
     call('HSET', key('view', worker), me, slots)
     count_slots(worker)
   end
   for _, worker in ipairs(workers()) do
     if not sees[worker] and call('HDEL', key('view', worker), me) == 1 then
+      call('HDEL', key('limit', worker), me)
       count_slots(worker)
     end
   end
@@ -93,5 +98,12 @@ for _, id in ipairs(tickets) do
     table.insert(missing, id)
   end
 end
+local steered = {}
+for _, given in ipairs(limits) do
+  local limit, steers = limit_of(given[1])
+  if steers and steers ~= me then
+    table.insert(steered, { given[1], limit })
+  end
+end
 grant_all()
-return answer({ current, lost, missing })
+return answer({ current, lost, missing, steered, call('ZCARD', key('alive')) })

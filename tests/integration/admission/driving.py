@@ -79,8 +79,10 @@ class Replica:
         slots: dict[str, int],
         leases: Sequence[tuple[str, str]] = (),
         tickets: Sequence[str] = (),
+        limits: dict[str, int] | None = None,
     ) -> tuple[Synced, list[Grant]]:
-        answer = await self.call(ledger.sync(leases, tickets, sorted(slots.items()), secrets.token_hex(8)))
+        given = sorted((limits or {}).items())
+        answer = await self.call(ledger.sync(leases, tickets, sorted(slots.items()), secrets.token_hex(8), given))
         assert isinstance(answer.body, Synced)
         return answer.body, answer.grants
 

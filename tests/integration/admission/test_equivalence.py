@@ -1,4 +1,4 @@
-"""fairness.py and the scripts are one machine: random events through both, every grant and refusal compared."""
+"""fairness.py and the scripts are one machine: random events through both, every grant, wait and refusal compared."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ event = st.one_of(
     st.tuples(st.just("cancel"), pick),
     st.tuples(st.just("passes"), st.sampled_from((1, 1000, 70_000))),
     st.tuples(st.just("passes"), st.sampled_from((2_100_000, 4_000_000))),  # longer than a ticket needs to age
+    st.just(("stand",)),
     st.tuples(st.just("resize"), st.sampled_from(WORKERS), st.integers(0, 3)),
 )
 
@@ -66,6 +67,7 @@ class Pair:
         answer = await self.replica.arrive(*places)
         expected: dict[str, str] = {}
         refused: dict[str, tuple[Kind, int]] = {}
+        waits: dict[str, int] = {}
         for index, place in enumerate(places):
             self.waiting[place.id] = place
             # Those of one call keep their order: each counts as a microsecond younger than the one before it.
@@ -73,13 +75,16 @@ class Pair:
             expected.update(grants)
             if verdict.kind is Kind.GRANTED:
                 expected[place.id] = verdict.worker
-            elif verdict.kind is not Kind.WAITS:
+            elif verdict.kind is Kind.WAITS:
+                waits[place.id] = verdict.wait_us
+            else:
                 refused[place.id] = (verdict.kind, verdict.wait_us)
                 del self.waiting[place.id]
         told = {place.id: arrived for place, arrived in zip(places, answer.body, strict=True)}
         granted = dict(answer.grants) | {k: v.outcome for k, v in told.items() if v.kind is Kind.GRANTED}
         assert granted == expected
         assert {k: (v.kind, v.outcome) for k, v in told.items() if v.kind > Kind.WAITS} == refused
+        assert {k: told[k].outcome for k in waits} == waits
         self._note(expected)
 
     async def release(self, at: int, amount: float) -> None:
@@ -102,6 +107,12 @@ class Pair:
         departures = Departures.none()
         departures.cancel(place.id, place.candidates, Debt(place.band, place.tenant, 0.0))
         assert (await self.replica.call(ledger.depart(departures))).grants == []
+
+    async def stand(self) -> None:
+        """Where everybody stands, the held and the unknown too."""
+        ids = [*self.waiting, *list(self.held)[:2], "r1.unknown"]
+        answer = await self.replica.call(ledger.standing(ids))
+        assert answer.body == [self.queue.standing(ticket_id) for ticket_id in ids]
 
     async def passes(self, by_us: int) -> None:
         """A replica is never silent for long: then it syncs."""

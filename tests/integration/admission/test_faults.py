@@ -80,6 +80,23 @@ async def test_without_the_ledger_replicas_together_never_exceed_the_slots(own_v
         await asyncio.wait(tasks)
 
 
+async def test_without_a_configured_number_replicas_go_by_the_last_they_heard(own_valkey: Valkey) -> None:
+    """I16 with a number that the ledger told; who joined too late for the others to know grants nothing."""
+    async with replica(own_valkey.url, 5, lease_s=3.0) as one, replica(own_valkey.url, 5, lease_s=3.0) as two:
+        await until(lambda: one._census.share(5) == two._census.share(5) == 2, 15)
+        async with replica(own_valkey.url, 5, lease_s=3.0) as late:
+            await until(lambda: late._census.processes == 3)
+            await asyncio.to_thread(own_valkey.kill)
+            tasks = [asyncio.create_task(which.admit(ticket())) for which in (one, two, late) for _ in range(4)]
+            await until(lambda: parked(late) == 4 and all(which.is_degraded for which in (one, two)))
+            assert sum(task.done() for task in tasks) <= 4
+            assert one.held("w") == two.held("w") > 0
+            assert late.held("w") == 0
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+
 async def test_live_leases_are_told_before_anything_is_granted(own_valkey: Valkey) -> None:
     """After an empty restart the first replica back finds half of the slots free; it must not believe that."""
     async with FaultProxy(own_valkey.port) as way:

@@ -130,6 +130,21 @@ def test_a_debt_is_paid_by_waiting() -> None:
     assert [bench.tenants[bench.next()] for _ in range(3)] == ["modest", "modest", "greedy"]
 
 
+def test_a_standing_tells_of_ones_own_tenant_alone() -> None:
+    bench = Bench(msgspec.structs.replace(RULES, us_per_token=100_000))
+    long = bench.arrive(cost=30)
+    others = [bench.arrive("other", band=band) for band in (1, 2, 2, 2)]
+    short = bench.arrive(cost=5)
+    bench.now_us += SECOND
+    bench.next()  # the priority band's only ticket: a grant a second
+    standings = {name: bench.queue.standing(name) for name in (short, long, *others)}
+    assert [(standings[name].position, standings[name].of) for name in (short, long)] == [(1, 2), (2, 2)]
+    assert [(standings[name].position, standings[name].of) for name in others] == [(0, 0), (1, 3), (2, 3), (3, 3)]
+    # Of five that wait in two flows, two go until its own first has gone, and four until its second.
+    assert [standings[name].wait_us for name in (short, long)] == [2 * SECOND, 4 * SECOND]
+    assert bench.queue.standing("nobody").position == 0
+
+
 def test_an_expired_ticket_is_never_granted() -> None:
     bench = Bench()
     bench.arrive(patience_us=SECOND)
@@ -137,6 +152,39 @@ def test_an_expired_ticket_is_never_granted() -> None:
     bench.now_us = SECOND
     assert bench.next() == alive
     assert bench.queue.waiting == 0
+
+
+def verdict_of(bench: Bench, patience_us: int) -> Kind:
+    """Of one more ticket like those that wait."""
+    place = Place(f"r.{next(bench.names):06}", 2, "w", ("w",), "t", 1.0, 10.0, patience_us)
+    return bench.queue.arrive(place, bench.now_us)[0].kind
+
+
+def test_who_is_passed_by_for_too_long_is_refused() -> None:
+    """20 s long the route's grants, one a second, went to a higher band: two tickets will take twice that."""
+    bench = Bench(msgspec.structs.replace(RULES, ageing_us=HOUR))
+    bench.arrive()
+    for second in range(1, 21):
+        bench.now_us = second * SECOND
+        high = bench.arrive("high", band=1)
+        assert bench.next() == high
+    assert verdict_of(bench, 39 * SECOND) is Kind.HOPELESS
+    assert verdict_of(bench, 41 * SECOND) is Kind.WAITS
+
+
+def test_who_is_too_late_at_the_pace_of_its_own_flow_is_refused() -> None:
+    """Every second grant goes to tenants that never wait for long, so that few flows are seen to wait."""
+    bench = Bench()
+    for _ in range(40):
+        bench.arrive(patience_us=HOUR)
+    for second in range(1, 41):
+        bench.now_us = second * SECOND
+        if second % 2:
+            bench.arrive(f"brief {second}", cost=1)
+        bench.next()
+    waiting = bench.queue.waiting
+    assert verdict_of(bench, round(1.8 * waiting) * SECOND) is Kind.HOPELESS
+    assert verdict_of(bench, round(2.2 * waiting) * SECOND) is Kind.WAITS
 
 
 def test_a_repeated_arrival_changes_nothing() -> None:

@@ -3,7 +3,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.client import Address, ChatRequest, StampScanner
+from loadtest.client import Address, ChatRequest, ContentScanner, StampScanner
 
 EVENTS = b"".join(
     b'data: {"id":"x","choices":[{"delta":{"content":"tok "}}],"t":%d}\n\n' % stamp
@@ -60,3 +60,17 @@ def test_a_request_is_complete_http_with_the_asked_prompt_size() -> None:
 def test_a_request_that_does_not_stream_says_nothing_of_streams() -> None:
     body = ChatRequest(10, 1, stream=False).encode(Address(1)).partition(b"\r\n\r\n")[2]
     assert not json.loads(body).keys() & {"stream", "stream_options"}
+
+
+CONTENT = b"".join(
+    b'data: {"choices":[{"index":0,"delta":{%s},"logprobs":null}]}\n\n' % delta
+    for delta in (b'"role":"assistant","content":""', b'"content":"The"', b'"content":""', b'"content":"\\n"', b"")
+)
+
+
+def test_content_chunks_without_stamps_are_counted_however_they_are_cut() -> None:
+    for cut in range(len(CONTENT) + 1):
+        scanner = ContentScanner()
+        assert len(scanner.feed(CONTENT[:cut]) + scanner.feed(CONTENT[cut:])) == 2, cut
+    scanner = ContentScanner()
+    assert sum(len(scanner.feed(bytes([byte]))) for byte in CONTENT) == 2

@@ -1,0 +1,1 @@
+"""What the queue promises, under load: open-loop arrivals, real gateways, a real Valkey, modelled engines."""

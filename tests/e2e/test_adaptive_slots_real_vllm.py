@@ -1,0 +1,138 @@
+"""`max_concurrency: auto` in front of a real vLLM, under four times the load that its engine takes at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.launcher import processes
+from app.launcher.home import Home
+from app.launcher.machine import inspect_machine
+from app.workers.vllm_metrics import EngineLoad, parse_engine_load
+from tests.integration.gateway.running import GatewayProcess
+from tests.processes import Process, free_port
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="session")]
+
+MODEL, VARIANT = "smollm2", "dense"
+TAKES = 8
+CLIENTS = 4 * TAKES
+CONVERGES_S = 90.0
+MEASURED_S = 20.0
+SETTLES_S = 4.0
+ROUNDS = 3
+STATIC = (4, TAKES, 2 * TAKES)
+SAMPLE_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class RealWorker:
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealWorker]:
+    home = Home.at(None, os.environ)
+    python, checkpoint = home.environment("worker-cpu") / "bin" / "python", home.checkpoint(MODEL, VARIANT)
+    assert checkpoint.exists(), f"no checkpoint at {checkpoint}: run `make test` once"
+    options = processes.WorkerOptions(str(checkpoint), MODEL, free_port(), max_num_seqs=TAKES)
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    spec = processes.worker(python, options, processes.Engine.CPU, inspect_machine(), os.environ, log)
+    with Process(spec.arguments, spec.environment) as process:
+        process.wait_for_line("Application startup complete", 300)
+        yield RealWorker(options.port)
+
+
+@asynccontextmanager
+async def gateway(directory: Path, worker: RealWorker, slots: int | str) -> AsyncIterator[GatewayProcess]:
+    listed = [{"url": worker.url, "served_model": MODEL, "max_concurrency": slots, "max_num_seqs": 64}]
+    models = [{"name": MODEL, "variants": [{"name": VARIANT, "workers": listed}]}]
+    (directory / str(slots)).mkdir()
+    health, admission = {"probe_interval_s": 1.0}, {"queue_timeout_s": 300}
+    async with GatewayProcess(directory / str(slots), models, health=health, admission=admission) as started:
+        await started.ready(worker, timeout_s=120)
+        yield started
+
+
+@asynccontextmanager
+async def overloaded(gateway: GatewayProcess) -> AsyncIterator[None]:
+    """So many clients, each of which asks again when it was answered; at the end they leave."""
+
+    async def ask(number: int) -> None:
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=300) as http:
+            while True:
+                messages = [{"role": "user", "content": f"Tell a story about {number} bears."}]
+                body = {"model": MODEL, "messages": messages, "max_tokens": 40, "ignore_eos": True}
+                (await http.post("/v1/chat/completions", json=body)).raise_for_status()
+
+    async with asyncio.TaskGroup() as clients:
+        tasks = [clients.create_task(ask(number)) for number in range(CLIENTS)]
+        yield
+        for task in tasks:
+            task.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    tokens_per_s: float
+    waiting: list[int]
+
+
+async def read(worker: RealWorker, http: httpx.AsyncClient) -> EngineLoad:
+    load = parse_engine_load((await http.get(f"{worker.url}/metrics")).text, time.monotonic())
+    assert load is not None
+    return load
+
+
+async def watched(worker: RealWorker, for_s: float) -> Seen:
+    """What the worker's own metrics tell over some seconds."""
+    async with httpx.AsyncClient(timeout=20) as http:
+        first = last = await read(worker, http)
+        waiting = []
+        while last.at - first.at < for_s:
+            await asyncio.sleep(SAMPLE_S)
+            last = await read(worker, http)
+            waiting.append(last.waiting)
+    return Seen((last.generated - first.generated) / (last.at - first.at), waiting)
+
+
+async def test_the_engine_is_full_and_nobody_waits_in_it(worker: RealWorker, tmp_path: Path) -> None:
+    """Against the best of some static limits, in turn on the same worker, because the machine may be shared."""
+    brought: dict[int | str, list[float]] = {}
+    waiting: list[int] = []
+    async with gateway(tmp_path, worker, "auto") as adaptive:
+        async with overloaded(adaptive):
+            await watched(worker, CONVERGES_S)
+        for _ in range(ROUNDS):
+            for slots in ("auto", *STATIC):
+                if slots == "auto":
+                    async with overloaded(adaptive):
+                        await watched(worker, SETTLES_S)
+                        seen = await watched(worker, MEASURED_S)
+                    waiting += seen.waiting
+                else:
+                    directory = tmp_path / f"{len(brought.get(slots, ()))}"
+                    directory.mkdir(exist_ok=True)
+                    async with gateway(directory, worker, slots) as static, overloaded(static):
+                        await watched(worker, SETTLES_S)
+                        seen = await watched(worker, MEASURED_S)
+                brought.setdefault(slots, []).append(seen.tokens_per_s)
+                print(f"{slots}: {seen.tokens_per_s:.1f} tokens/s, {max(seen.waiting)} waited at most")
+    best = max(statistics.median(brought[slots]) for slots in STATIC)
+    at_most_one = sum(count <= 1 for count in waiting) / len(waiting)
+    print(f"auto {statistics.median(brought['auto']):.1f}, best static {best:.1f}, at most one waits {at_most_one:.1%}")
+    assert at_most_one >= 0.95
+    assert statistics.median(brought["auto"]) >= 0.95 * best
