@@ -18,6 +18,8 @@ from app.errors import ConfigurationError, SluiceError
 
 if TYPE_CHECKING:
     from app.launcher.home import Home
+    from app.launcher.serving import ReadyKeys
+    from app.settings import Settings
     from app.tenancy.keys import Issued
     from app.tenancy.registrar import Registrar
 
@@ -149,6 +151,7 @@ def up(home: Path | None, variants: str, workers: tuple[str, ...], engine: str, 
         variants=variant_names(variants),
         workers=tuple(GivenWorker.parse(text) for text in workers),
         engine=engine_named(engine),
+        issue_keys=ready_keys,
         **given,
     )
     run_up(options, Steps(Console(stderr=True)))
@@ -257,6 +260,23 @@ def with_registrar(work: Callable[[Registrar], Awaitable[T]], *, config: Path | 
             await registrar.aclose()
 
     return asyncio.run(do())
+
+
+def ready_keys(settings: Settings, file: Path) -> ReadyKeys:
+    """A tenant's and an admin's key in a new file, for `sluice up`."""
+    from app.credentials import server_secret
+    from app.launcher.serving import ReadyKeys
+    from app.tenancy.keys import Pepper, Scope
+    from app.tenancy.registrar import Registrar
+    from app.tenancy.stores import FileKeys
+
+    registrar = Registrar(FileKeys(file), Pepper(server_secret(settings.auth)), time.time)
+
+    async def issue() -> ReadyKeys:
+        tenant = await registrar.create("up")
+        return ReadyKeys(tenant.text, (await registrar.create("operators", scope=Scope.ADMIN)).text)
+
+    return asyncio.run(issue())
 
 
 def show_issued(issued: Issued) -> None:

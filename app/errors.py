@@ -24,6 +24,7 @@
         ├── UnsupportedMediaType    415 unsupported_media_type
         ├── RateLimitExceeded       429 rate_limit_exceeded
         ├── TenantQueueFull         429 tenant_queue_full
+        ├── InsufficientQuota       429 insufficient_quota
         ├── ExpectationFailed       417 expectation_failed
         ├── HeadersTooLarge         431 headers_too_large
         ├── InternalError           500 internal_error
@@ -48,10 +49,20 @@ from __future__ import annotations
 
 import json
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 60.0
+
+
+class Allowance(NamedTuple):
+    """What is left of one of a tenant's limits, told with every answer: requests or tokens, and how long until it is
+    whole again."""
+
+    limit: str
+    most: int
+    remaining: int
+    reset_s: float
 
 
 class SluiceError(Exception):
@@ -71,13 +82,15 @@ class GatewayError(SluiceError):
 
     `message` is shown to the client; it never carries another tenant's data, an address or a stack trace.
     `param` is the JSON path of the offending field. `retry_after_s` is clamped to 1..60 s and jittered on the
-    way out, so that refused clients do not come back together.
+    way out, so that refused clients do not come back together. `allowances` are what is left of the tenant's limits,
+    once that is known.
     """
 
     status: int = 500
     type: str = "server_error"
     code: str = "internal_error"
     should_retry: bool | None = None
+    allowances: tuple[Allowance, ...] = ()
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -238,20 +251,29 @@ class HeadersTooLarge(InvalidRequest):
     code = "headers_too_large"
 
 
-class RateLimitExceeded(GatewayError):
-    """The client's own limit is used up; others are not affected."""
-
-    status = 429
-    type = "rate_limit_error"
-    code = "rate_limit_exceeded"
-
-
 class TenantQueueFull(GatewayError):
     """The tenant's own share of the queue is full; others are not affected."""
 
     status = 429
     type = "rate_limit_error"
     code = "tenant_queue_full"
+
+
+class RateLimitExceeded(GatewayError):
+    """The client has used what a limit gives it, or asks for more than it ever gives: then waiting is no use."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class InsufficientQuota(GatewayError):
+    """The tenant has used its tokens of the day: not worth a client's own retries."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "insufficient_quota"
+    should_retry = False
 
 
 class InternalError(GatewayError):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from app.admission.ticket import Admission, Lease, Ticket
 from app.catalogue import Catalogue, Variant
+from app.errors import GatewayError
 from app.inference import InferenceRequest
 from app.relay.answer import Answer
 from app.relay.relay import Relay
 from app.routing.prefix_index import Blocks
 from app.routing.router import Router
-from app.telemetry.account import Accounts
+from app.telemetry.account import Account, Accounts
 from app.workers.registry import Registry
 
 
@@ -48,7 +50,7 @@ class Gateway:
             ranking = self._router.rank(self._registry.pool(variants), request)
             candidates = self._relay.screen(request, ranking.worker_ids)
             lease = await self._admission.admit(Ticket.of(request, candidates))
-            held.callback(lambda: lease.release(account.usage))
+            held.push(partial(_leave, lease, account))
             self._note(lease, ranking.blocks)
             answer = held.enter_context(await self._relay.open(request, lease, candidates, account))
             held.callback(self._note, lease, ranking.blocks)
@@ -58,6 +60,19 @@ class Gateway:
         """Let the router know what is in the cache of the lease's worker; a lease lost on the way has no worker."""
         if blocks and lease.worker_id:
             self._router.sent(self._registry[lease.worker_id], blocks)
+
+
+def _leave(
+    lease: Lease,
+    account: Account,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """How a request ends decides what it has cost its tenant."""
+    lease.release(account.spent(error))
+    if isinstance(error, GatewayError):
+        error.allowances = lease.allowances
 
 
 class Reply:

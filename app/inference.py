@@ -52,6 +52,14 @@ class TokenUsage:
     cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Tokens of a request that ended before the worker told its usage, as far as they are known; None: not known."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
 # Fields that steer the engine itself. vLLM acts on them for whoever sends them: another tenant's cache, another
 # worker's memory, a template that runs on the server. A client that sends one is told so.
 REFUSED_FIELDS = frozenset(
@@ -123,7 +131,8 @@ class InferenceRequest:
     `fields` holds the body's top-level values as the client's own bytes: they are re-framed for the worker, never
     re-encoded, so what a client means is what the worker reads. `arrived` is monotonic time in seconds.
     `deadline` is when the client stops waiting for a first byte, monotonic too. `max_tokens` is what it asked for at
-    most. `resolved_model` is the catalogue's name, empty until it is resolved: a label for metrics, unlike `model`.
+    most, for each of its `choices` (0 on routes that generate nothing). `resolved_model` is the catalogue's name, empty
+    until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's, or one within it where the client sent a salt of its own (see `narrowed_salt`).
     `id` is the gateway's own, never used before; `client_id` what the client calls the request, for logs only.
     `on_wait` is told, now and then, how long the queue is while it waits; it is set for a client that
@@ -141,6 +150,7 @@ class InferenceRequest:
     arrived: float
     resolved_model: str = ""
     max_tokens: int | None = None
+    choices: int = 1
     tenant: Tenant = ANONYMOUS
     deadline: float = float("inf")
     cache_salt: str = ""
@@ -185,9 +195,17 @@ class InferenceRequest:
             client_wants_usage=stream and _wants_usage(values),
             arrived=arrived,
             max_tokens=max_tokens,
+            choices=_choices(values) if route in _STREAMING_ROUTES else 0,
             tenant=tenant,
             cache_salt=_cache_salt(values, tenant),
         )
+
+    @property
+    def max_output(self) -> int | None:
+        """The most tokens that all its choices together may have, None where it does not say."""
+        if not self.choices:
+            return 0
+        return None if self.max_tokens is None else self.max_tokens * self.choices
 
     @property
     def hides_usage(self) -> bool:
@@ -245,6 +263,13 @@ def _band(values: Mapping[str, Any]) -> Band:
         return _SERVICE_TIERS["auto" if tier is None else tier]
     except (KeyError, TypeError):
         raise InvalidValue("Invalid value for 'service_tier'.", param="service_tier") from None
+
+
+def _choices(values: Mapping[str, Any]) -> int:
+    """How many answers are generated: `n` for each prompt of a text completion."""
+    wanted, prompts = values.get("n"), values.get("prompt")
+    each = wanted if type(wanted) is int and wanted > 0 else 1
+    return each * len(prompts) if isinstance(prompts, list) and prompts and type(prompts[0]) is not int else each
 
 
 def _max_tokens(values: Mapping[str, Any]) -> int | None:

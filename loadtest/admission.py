@@ -1,7 +1,8 @@
 """What admission costs: CPU of the gateway's process and of the server, and latency, per request.
 
 `python -m loadtest.admission --redis redis://127.0.0.1:6379/15` (a database of its own: it is written to). So
-many concurrent loops admit and release; what the loops cost themselves is measured without admission.
+many concurrent loops admit and release; what the loops cost themselves is measured without admission. `limited` is
+for a tenant whose requests and tokens are limited, far above what it uses.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from app.admission.ticket import Ticket
 from app.inference import Band, TokenUsage
 from app.telemetry.logs import open_log
 from app.telemetry.metrics import Metrics
+from app.tenant import ANONYMOUS, Limits, Tenant
 
 REQUESTS = 20_000
 LOADS = ((1, 64), (32, 64), (32, 16), (128, 16))  # concurrent loops, slots
+LIMITED = Tenant("limited", limits=Limits(requests_per_min=10**9, tokens_per_min=10**12))
 USAGE = TokenUsage(prompt_tokens=10, completion_tokens=20)
 
 
@@ -44,7 +47,9 @@ class Cost:
         return f"| {name} | {concurrent} | {slots} | " + " | ".join(f"{figure:.0f}" for figure in figures) + " |"
 
 
-async def measure(admission: QueuedAdmission | None, concurrent: int, server: redis.Redis) -> Cost:
+async def measure(
+    admission: QueuedAdmission | None, concurrent: int, server: redis.Redis, tenant: Tenant = ANONYMOUS
+) -> Cost:
     left, waits = REQUESTS, []
 
     async def visit() -> None:
@@ -52,7 +57,7 @@ async def measure(admission: QueuedAdmission | None, concurrent: int, server: re
         while left > 0:
             left -= 1
             started = time.perf_counter()
-            ticket = Ticket("r", Band.DEFAULT, ("w",), model="m", prompt_bytes=100)
+            ticket = Ticket("r", Band.DEFAULT, ("w",), model="m", tenant=tenant, prompt_bytes=100)
             if admission is None:
                 await asyncio.sleep(0)
             else:
@@ -83,6 +88,7 @@ async def run(url: str) -> None:
             local = LocalAdmission(limits, Metrics(CollectorRegistry()), time.monotonic)
             local.set_slots("w", slots)
             print((await measure(local, concurrent, server)).row("local", concurrent, slots))
+            print((await measure(local, concurrent, server, LIMITED)).row("local, limited", concurrent, slots))
             shared = RedisAdmission(
                 limits,
                 settings.Redis(url=url),
@@ -94,6 +100,7 @@ async def run(url: str) -> None:
             async with shared.running():
                 shared.set_slots("w", slots)
                 print((await measure(shared, concurrent, server)).row("redis", concurrent, slots))
+                print((await measure(shared, concurrent, server, LIMITED)).row("redis, limited", concurrent, slots))
 
 
 def main() -> None:

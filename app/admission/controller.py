@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
@@ -24,22 +25,28 @@ from app.admission.ledger import (
     Arrived,
     Call,
     Departures,
+    Heard,
     Ledger,
     LedgerChanged,
     LedgerFull,
     LedgerGone,
+    LiveReservation,
+    LocalTakings,
     Outcome,
     Scripts,
     SharedRules,
     Synced,
 )
 from app.admission.local import LocalDesk
+from app.admission.quota import Metered, Settlement, Taking
+from app.admission.reservation import Reservation
 from app.admission.roster import US, QueuedAdmission, QueuedLease, Roster, new_name, rules_of
 from app.errors import ConfigurationError, DependencyUnavailable, Overloaded
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics
 
 RETRY_S = 0.5
+UNTOLD = 16  # times without Redis whose takings are kept until Redis has heard of them
 ARRIVALS_PER_CALL = 512  # keeps one script call below some ten milliseconds, for all replicas' sake
 RENEWALS_PER_LEASE = 3
 REAPS_PER_LEASE = 7.5
@@ -55,12 +62,13 @@ class SharedDesk:
         self._limit = limit
         self.arrivals: dict[str, QueuedLease] = {}
         self.departures = Departures.none()
+        self.sent = Departures.none()
         self.asked: list[str] = []
         self.is_synced = False
 
     def arrive(self, lease: QueuedLease) -> None:
         if len(self.arrivals) >= self._limit:
-            self._roster.refuse_as(lease.id, Kind.QUEUE_FULL, 0)
+            self._roster.refuse_as(lease, Kind.QUEUE_FULL, 0)
             return
         self.arrivals[lease.id] = lease
         self._due.set()
@@ -72,6 +80,10 @@ class SharedDesk:
             self.departures.release(lease.id, lease.worker_id, debt)
         else:
             self.departures.cancel(lease.id, lease.ticket.candidates, debt)
+        self._due.set()
+
+    def settle(self, settlement: Settlement) -> None:
+        self.departures.settle(settlement)
         self._due.set()
 
     def set_slots(self, worker_id: str, slots: int) -> None:
@@ -91,12 +103,14 @@ class SharedDesk:
         return [self.arrivals.pop(lease_id) for lease_id in list(self.arrivals)[:ARRIVALS_PER_CALL]]
 
     def take_departures(self) -> Departures:
-        taken, self.departures = self.departures, Departures.none()
-        return taken
+        self.sent, self.departures = self.departures, Departures.none()
+        return self.sent
 
     def clear(self) -> None:
+        """What was collected is void, but for settlements: they count whenever they are told, and no more than once."""
         self.arrivals = {}
-        self.departures = Departures.none()
+        self.departures = Departures([], [], [*self.sent.settlements, *self.departures.settlements])
+        self.sent = Departures.none()
         self.asked = []
         self.is_synced = False
 
@@ -144,7 +158,9 @@ class RedisAdmission(QueuedAdmission):
         self._ledger = Ledger(redis, roster.name, shared_rules, scripts or Scripts())
         self._sync_at = self._reap_at = self._opens_at = 0.0
         self._fenced: frozenset[str] = frozenset()
-        self._asked: list[asyncio.Future[Overview]] = []
+        self._untold: deque[tuple[int, list[Taking]]] = deque(maxlen=UNTOLD)
+        self._episode = 0
+        self._asked: list[tuple[asyncio.Future[Overview], Sequence[Metered]]] = []
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -162,11 +178,11 @@ class RedisAdmission(QueuedAdmission):
             await asyncio.gather(task, return_exceptions=True)
             await self._take_leave()
 
-    async def overview(self) -> Overview:
+    async def overview(self, metered: Sequence[Metered] = ()) -> Overview:
         if isinstance(self.desk, LocalDesk):
-            return self.desk.overview()
+            return self.desk.overview(metered)
         asked: asyncio.Future[Overview] = asyncio.get_running_loop().create_future()
-        self._asked.append(asked)
+        self._asked.append((asked, metered))
         self._due.set()
         return await asked
 
@@ -224,21 +240,30 @@ class RedisAdmission(QueuedAdmission):
         self._metrics.admission_degraded.set(1)
         self.steered = {}
         desk = LocalDesk if self._limits.without_redis == "local" else ClosedDesk
-        local = self.desk = desk(self._rules, self.roster, self._clock)
+        local = self.desk = desk(self._rules, self.roster, self._clock, self._census.share)
         self._shared.clear()
         for worker_id, slots in self.slots.items():
             local.set_slots(worker_id, self.share(slots))
         for lease in self.roster.held.values():
             local.hold(lease)
+        for reservation in self.roster.reserved.values():
+            if reservation.home is not None:
+                local.hold_reservation(reservation)
         for lease in self.roster.in_order():
             self.roster.rename(lease)
             local.arrive(lease)
-        self._tell_overview(local.overview())
+        for asked, metered in self._asked:
+            if not asked.done():
+                asked.set_result(local.overview(metered))
+        self._asked = []
 
     def _come_back(self) -> None:
         """All leases, those granted here too, are told before anything new is granted: a tick syncs before it asks."""
         self._log.warning("redis is back", leases=len(self.roster.held), tickets=len(self.roster.waiting))
         self._metrics.admission_degraded.set(0)
+        if isinstance(self.desk, LocalDesk):
+            self._episode += 1
+            self._untold.append((self._episode, self.desk.takings_of_ended()))
         self.desk = self._shared
         for lease in self.roster.waiting.values():
             lease.is_again = True  # the ledger will not know it, say so, and get it in the next call
@@ -256,7 +281,7 @@ class RedisAdmission(QueuedAdmission):
         heard: list[Callable[[Outcome], object]] = []
         if self._shared.departures:
             calls.append(ledger.depart(self._shared.take_departures()))
-            heard.append(self._hear)
+            heard.append(self._hear_departures)
         if now >= self._sync_at or not self._shared.is_synced:
             calls.append(self._sync_call())
             heard.append(self._hear_sync)
@@ -269,7 +294,7 @@ class RedisAdmission(QueuedAdmission):
             calls.append(ledger.reap())
             heard.append(self._hear)
         if self._asked:
-            calls.append(ledger.look())
+            calls.append(ledger.look(max((metered for _, metered in self._asked), key=len)))
             heard.append(self._hear_overview)
         if self._shared.asked:
             asked, self._shared.asked = self._shared.asked, []
@@ -291,7 +316,27 @@ class RedisAdmission(QueuedAdmission):
         self._sync_at = self._clock() + self._renew_s
         leases = [(lease.id, lease.worker_id) for lease in self.roster.held.values()]
         tickets = [lease_id for lease_id in self.roster.waiting if lease_id not in self._shared.arrivals]
-        return ledger.sync(leases, tickets, list(self.slots.items()), _new_epoch(), list(self.limits.items()))
+        limits, slots = list(self.limits.items()), list(self.slots.items())
+        return ledger.sync(leases, tickets, slots, _new_epoch(), limits, self._reservations(), self._given())
+
+    def _given(self) -> list[LocalTakings]:
+        now_us = int(self._clock() * US)
+        return [
+            LocalTakings(number, [(*taking[:3], now_us - taking.taken_us, taking.amount) for taking in takings])
+            for number, takings in self._untold
+        ]
+
+    def _reservations(self) -> list[LiveReservation]:
+        now = self._clock()
+        return [
+            LiveReservation(name, made.tenant, int((now - made.made) * US), made.demand.claims, self._heard(made))
+            for name, made in self.roster.reserved.items()
+        ]
+
+    def _heard(self, reservation: Reservation) -> Heard:
+        if reservation.home is None:
+            return Heard.NOTHING
+        return Heard.TAKEN if reservation.home is self._shared else Heard.GIVEN
 
     def _hear(self, outcome: Outcome) -> Answer | None:
         """What all calls have in common: grants, and whether the ledger wants to be told anew."""
@@ -307,6 +352,10 @@ class RedisAdmission(QueuedAdmission):
             self._due.set()
         return None
 
+    def _hear_departures(self, outcome: Outcome) -> None:
+        self._shared.sent = Departures.none()
+        self._hear(outcome)
+
     def _hear_sync(self, outcome: Outcome) -> None:
         if isinstance(outcome, Answer):
             # Once told, there is nothing to do but wait until the others have told as well.
@@ -316,6 +365,10 @@ class RedisAdmission(QueuedAdmission):
         if answer is None:
             return
         synced: Synced = answer.body
+        self._untold.clear()
+        for reservation in self.roster.reserved.values():
+            if reservation.home is not None:
+                reservation.home = self._shared
         self.steered = dict(synced.steered)
         self._census.heard(synced.replicas, self._clock())
         self._ledger.expect(self._census.processes)
@@ -353,17 +406,19 @@ class RedisAdmission(QueuedAdmission):
 
     def _tell_overview(self, overview: Overview) -> None:
         asked, self._asked = self._asked, []
-        for future in asked:
+        for future, _ in asked:
             if not future.done():
                 future.set_result(overview)
 
     def _arrived(self, lease: QueuedLease, arrived: Arrived) -> None:
+        if arrived.kind <= Kind.WAITS:
+            self.roster.reserve(lease, self._shared, arrived.readings)
         if isinstance(arrived.outcome, str):
             self.roster.grant(lease.id, arrived.outcome)
         elif arrived.kind is Kind.WAITS:
             self.roster.park(lease, arrived.outcome)
         else:
-            self.roster.refuse_as(lease.id, arrived.kind, arrived.outcome)
+            self.roster.refuse_as(lease, arrived.kind, arrived.outcome, arrived.readings)
 
     def _granted(self, grants: Sequence[Grant]) -> None:
         for grant in grants:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 
+from app.admission.quota import Tokens
 from app.inference import TokenUsage
 
 FIRST_BYTES_PER_TOKEN = 4.0  # English prose in most vocabularies; JSON framing and other scripts move it
@@ -25,6 +27,10 @@ class Habits:
         """Prompt and output tokens."""
         output = self.output_tokens if max_tokens is None else min(self.output_tokens, max_tokens)
         return max(1.0, prompt_bytes / self.bytes_per_token + output)
+
+    def guess(self, prompt_bytes: int) -> Tokens:
+        """Prompt and output tokens of a request that does not say how many it wants."""
+        return Tokens(ceil(prompt_bytes / self.bytes_per_token), ceil(self.output_tokens))
 
     def learn(self, prompt_bytes: int, usage: TokenUsage) -> None:
         """From a request that ended: a running mean of bytes per token, a step towards the quantile of output."""

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
 import msgspec
 
+from app.admission.quota import Demand, Metered, Quota, Reading, Settlement, Usage
 from app.tenant import Band
 
 # Tickets that held a slot already stand before all bands: their request has waited its turn once.
@@ -50,7 +52,7 @@ class Place(msgspec.Struct, array_like=True, frozen=True):
     """A ticket as the order sees it. `candidates` are worker ids, best first; `band` is MOVED or a RANK.
 
     `patience_us` is what is left until its deadline and `waited_us` what it waited before, both at the time it arrives:
-    clocks of different machines are never compared.
+    clocks of different machines are never compared. `demand` is None for who has no limits, or has reserved already.
     """
 
     id: str
@@ -63,6 +65,7 @@ class Place(msgspec.Struct, array_like=True, frozen=True):
     patience_us: int
     waited_us: int = 0
     held_bytes: int = 0
+    demand: Demand | None = None
 
 
 class Kind(IntEnum):
@@ -74,14 +77,19 @@ class Kind(IntEnum):
     BAND_FULL = 3
     QUEUE_FULL = 4
     HOPELESS = 5
+    RATE_LIMITED = 6
+    TOO_MANY = 7
 
 
 class Verdict(NamedTuple):
-    """`worker` for GRANTED; otherwise `wait_us`, the expected wait at the present drain rate (0: not known)."""
+    """`worker` for GRANTED; otherwise `wait_us`, the expected wait at the present drain rate (0: not known), or until a
+    limit has room. `readings` are those of the place's claims, afterwards.
+    """
 
     kind: Kind
     worker: str = ""
     wait_us: int = 0
+    readings: Sequence[Reading] = ()
 
 
 class Standing(msgspec.Struct, array_like=True, frozen=True):
@@ -121,11 +129,12 @@ class Flow(msgspec.Struct, array_like=True, frozen=True):
 
 class Overview(msgspec.Struct, array_like=True, frozen=True):
     """All that waits, and what it waits for: (route, mean gap between grants in us, how many it is the mean of), and
-    (worker, slots held, slots)."""
+    (worker, slots held, slots); what the tenants asked for have used of their limits."""
 
     flows: list[Flow]
     drains: list[tuple[str, float, int]]
     slots: list[tuple[str, int, int]]
+    usages: list[Usage] = []
 
 
 @dataclass(slots=True)
@@ -183,6 +192,7 @@ class Queue:
         self._finish: dict[tuple[int, str], float] = {}
         self._depth: Counter[tuple[str, object]] = Counter()
         self._drain: dict[str, Drain] = {}
+        self.quota = Quota()
 
     def held(self, worker: str) -> int:
         return len(self._held[worker])
@@ -206,7 +216,24 @@ class Queue:
         """Grant `place` at once, let it wait, or refuse it. The grants are those of others that this brought about."""
         known = self._known(place, now_us)
         if known is not None:
-            return known, []
+            return self._with_readings(known, place, now_us), []
+        verdict, grants = self._over_limits(place, now_us) or self._admit(place, now_us)
+        if place.demand is not None and verdict.kind <= Kind.WAITS:
+            self.quota.reserve(place.tenant, place.demand, now_us)
+        return self._with_readings(verdict, place, now_us), grants
+
+    def _with_readings(self, verdict: Verdict, place: Place, now_us: int) -> Verdict:
+        if place.demand is None:
+            return verdict
+        return verdict._replace(readings=self.quota.readings(place.tenant, place.demand.claims, now_us))
+
+    def _over_limits(self, place: Place, now_us: int) -> tuple[Verdict, list[Grant]] | None:
+        found = place.demand and self.quota.objection(place.tenant, place.demand, now_us)
+        if not found:
+            return None
+        return Verdict(Kind.TOO_MANY if found.is_live else Kind.RATE_LIMITED, wait_us=found.wait_us), []
+
+    def _admit(self, place: Place, now_us: int) -> tuple[Verdict, list[Grant]]:
         for worker in place.candidates:
             if self._is_free(worker) and not self._of_worker[worker]:
                 self._take(place, worker, self._start(place))
@@ -229,6 +256,10 @@ class Queue:
             return []
         self._settle(debt)
         return self._grant(worker, now_us)
+
+    def settle(self, settlement: Settlement, now_us: int) -> None:
+        """End a reservation. It outlives its ticket and every lease that the ticket became."""
+        self.quota.settle(settlement, now_us)
 
     def cancel(self, ticket_id: str) -> bool:
         """Take a waiting ticket out. False if it does not wait."""
@@ -392,7 +423,7 @@ class Queue:
         position = bisect_left(tickets, (waiting.order, ticket_id)) + 1
         return Standing(position, len(tickets), self._wait_at(place, position, newcomers=0))
 
-    def overview(self, now_us: int) -> Overview:
+    def overview(self, now_us: int, metered: Sequence[Metered] = ()) -> Overview:
         flows = []
         for (band, route), line in sorted(self._lines.items()):
             for tenant, flow in sorted(line.items()):
@@ -401,7 +432,7 @@ class Queue:
                 flows.append(Flow(band, route, waiting[0].place.candidates, tenant, len(waiting), oldest))
         drains = [(route, drain.gap_us, drain.count) for route, drain in self._drain.items()]
         slots = [(worker, len(self._held[worker]), count) for worker, count in self._slots.items()]
-        return Overview(flows, drains, slots)
+        return Overview(flows, drains, slots, [self.quota.usage(tenant, now_us) for tenant in metered])
 
     # Virtual time
 

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import IntEnum
 from hashlib import sha1
 from importlib import resources
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules, Standing
+from app.admission.quota import Claim, Metered, Reading, Settlement
 from app.credentials import TlsContexts, tls_failure
 from app.errors import ConfigurationError
 from app.settings import Redis, Tls
@@ -74,10 +76,11 @@ class SharedRules(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Arrived(msgspec.Struct, array_like=True, frozen=True):
-    """`worker` is set for GRANTED, else `wait_us`."""
+    """`outcome` is the worker for GRANTED, else the wait in microseconds; `readings` are of the place's claims."""
 
     kind: Kind
     outcome: str | int
+    readings: list[Reading] = []
 
 
 class Synced(msgspec.Struct, array_like=True, frozen=True):
@@ -92,6 +95,33 @@ class Synced(msgspec.Struct, array_like=True, frozen=True):
     missing: list[str]
     steered: list[tuple[str, int]] = []
     replicas: int = 1
+
+
+class Heard(IntEnum):
+    """What a replica knows of a live reservation: nothing yet; its claims are taken; it gave them itself."""
+
+    NOTHING = 0
+    TAKEN = 1
+    GIVEN = 2
+
+
+class LiveReservation(msgspec.Struct, array_like=True, frozen=True):
+    """A reservation that is not settled."""
+
+    reservation: str
+    tenant: str
+    age_us: int
+    claims: tuple[Claim, ...]
+    heard: Heard
+
+
+class LocalTakings(msgspec.Struct, array_like=True, frozen=True):
+    """What a replica gave while it could not ask, to requests that have ended: (tenant, limit, window in us, age in us,
+    amount). Numbered, so that it is taken once however often it is told.
+    """
+
+    number: int
+    takings: Sequence[tuple[str, str, int, int, int]]
 
 
 class Reaped(msgspec.Struct, array_like=True, frozen=True):
@@ -134,17 +164,18 @@ Outcome = Answer | LedgerFull | LedgerChanged
 
 @dataclass(slots=True)
 class Departures:
-    """Leases to release and tickets to take out, since the last call."""
+    """Leases to release, tickets to take out and reservations to settle, since the last call."""
 
     releases: list[tuple[str, str, int, str, float]]
     cancels: list[tuple[str, tuple[str, ...], int, str, float]]
+    settlements: list[Settlement]
 
     @classmethod
     def none(cls) -> Departures:
-        return cls([], [])
+        return cls([], [], [])
 
     def __bool__(self) -> bool:
-        return bool(self.releases or self.cancels)
+        return bool(self.releases or self.cancels or self.settlements)
 
     def release(self, lease_id: str, worker_id: str, debt: Debt) -> None:
         self.releases.append((lease_id, worker_id, *debt))
@@ -152,13 +183,17 @@ class Departures:
     def cancel(self, ticket_id: str, candidates: tuple[str, ...], refund: Debt) -> None:
         self.cancels.append((ticket_id, candidates, *refund))
 
+    def settle(self, settlement: Settlement) -> None:
+        self.settlements.append(settlement)
+
 
 def arrive(places: Sequence[Place]) -> Call:
     return Call("arrive", _encode(places), list[Arrived])
 
 
 def depart(departures: Departures) -> Call:
-    return Call("depart", _encode((departures.releases, departures.cancels)), list[int])
+    payload = departures.releases, departures.cancels, departures.settlements
+    return Call("depart", _encode(payload), list[int])
 
 
 def sync(
@@ -167,16 +202,19 @@ def sync(
     slots: Sequence[tuple[str, int]],
     new_epoch: str,
     limits: Sequence[tuple[str, int]] = (),
+    reservations: Sequence[LiveReservation] = (),
+    given: Sequence[LocalTakings] = (),
 ) -> Call:
-    """All that the replica holds, waits for and sees; `new_epoch` is used if the ledger has to begin anew.
+    """All that the replica holds, waits for, sees and has reserved; `new_epoch` is used if the ledger begins anew.
 
-    `limits` are those that it would give to adaptive workers, (worker, limit).
+    `limits` are those that it would give to adaptive workers, (worker, limit); `given` is what it gave of tenants'
+    limits by itself.
     """
-    return Call("sync", _encode((leases, tickets, slots, new_epoch, limits)), Synced)
+    return Call("sync", _encode((leases, tickets, slots, new_epoch, limits, reservations, given)), Synced)
 
 
-def look() -> Call:
-    return Call("look", _encode(()), Overview)
+def look(metered: Sequence[Metered] = ()) -> Call:
+    return Call("look", _encode(metered), Overview)
 
 
 def standing(tickets: Sequence[str]) -> Call:
@@ -193,7 +231,8 @@ class Scripts:
 
     def __init__(self, clock: str | None = None) -> None:
         folder = resources.files("app.admission").joinpath("scripts")
-        common = (clock or folder.joinpath("clock.lua").read_text()) + folder.joinpath("queue.lua").read_text()
+        parts = (folder.joinpath(name).read_text() for name in ("queue.lua", "quota.lua"))
+        common = (clock or folder.joinpath("clock.lua").read_text()) + "".join(parts)
         self._source = {
             name: f"#!lua{flags}\n{common}{folder.joinpath(name + '.lua').read_text()}".encode()
             for name, flags in _FLAGS.items()

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -16,10 +16,13 @@ from app import settings
 from app.admission.announcer import Announcer
 from app.admission.cost import Costs
 from app.admission.fairness import MOVED, RANK, Debt, Kind, Overview, Place, Rules, Standing
+from app.admission.quota import CONCURRENT, Metered, Reading, Settlement
+from app.admission.reservation import Home, Reservation, too_large
 from app.admission.ticket import Ticket
-from app.errors import GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
-from app.inference import Band, QueueListener, TokenUsage
+from app.errors import Allowance, GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
+from app.inference import Band, QueueListener, Spent, TokenUsage
 from app.telemetry.metrics import Metrics
+from app.tenant import UNLIMITED
 
 US = 1_000_000
 FOREVER_US = 10**15
@@ -42,6 +45,7 @@ class QueuedLease:
         "is_again",
         "is_moved",
         "is_unserved",
+        "reservation",
         "since",
         "ticket",
         "timer",
@@ -65,6 +69,12 @@ class QueuedLease:
         self.deadline = float("inf")
         self.granted: asyncio.Future[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.reservation: Reservation | None = None
+
+    @property
+    def allowances(self) -> tuple[Allowance, ...]:
+        """What was left of its tenant's limits when it arrived."""
+        return () if self.reservation is None else self.reservation.allowances
 
     @property
     def band(self) -> int:
@@ -85,7 +95,7 @@ class QueuedLease:
 
     def place(self, now: float, route: str, waited_s: float) -> Place:
         """Itself as the order sees it at `now`, monotonic seconds, after it has waited so long already."""
-        ticket = self.ticket
+        ticket, reservation = self.ticket, self.reservation
         return Place(
             id=self.id,
             band=self.band,
@@ -97,6 +107,7 @@ class QueuedLease:
             patience_us=int(min(max(0.0, self.deadline - now) * US, FOREVER_US)),
             waited_us=int(waited_s * US),
             held_bytes=ticket.prompt_bytes,
+            demand=reservation.demand if reservation is not None and reservation.home is None else None,
         )
 
     def debt(self, tokens: float) -> Debt:
@@ -107,8 +118,8 @@ class QueuedLease:
     async def move(self, candidates: tuple[str, ...]) -> None:
         await self._admission.move(self, candidates)
 
-    def release(self, usage: TokenUsage | None = None) -> None:
-        self._admission.leave(self, usage)
+    def release(self, spent: TokenUsage | Spent | None = None) -> None:
+        self._admission.leave(self, spent)
 
     def __enter__(self) -> Self:
         return self
@@ -130,10 +141,15 @@ class Roster:
         self._loads: Counter[str] = Counter()
         self.waiting: dict[str, QueuedLease] = {}
         self.held: dict[str, QueuedLease] = {}
+        self.reserved: dict[str, Reservation] = {}
+
+    def new_id(self) -> str:
+        """Never given before: 128 random bits, after the name of this process."""
+        return f"{self.name}.{secrets.token_hex(16)}"
 
     def enter(self, lease: QueuedLease, patience_s: float) -> asyncio.Future[None]:
         """A new wait begins, under a new id; done when it is granted."""
-        lease.id = f"{self.name}.{secrets.token_hex(16)}"
+        lease.id = self.new_id()
         lease.since = self.clock()
         lease.deadline = min(lease.ticket.deadline, lease.since + patience_s)
         granted = lease.granted = asyncio.get_running_loop().create_future()
@@ -144,7 +160,7 @@ class Roster:
     def rename(self, lease: QueuedLease) -> None:
         """A waiting lease goes on under another id, where the old one may or may not have been granted."""
         del self.waiting[lease.id]
-        lease.id = f"{self.name}.{secrets.token_hex(16)}"
+        lease.id = self.new_id()
         self.waiting[lease.id] = lease
 
     def route(self, candidates: tuple[str, ...]) -> str:
@@ -173,10 +189,23 @@ class Roster:
         if lease is not None:
             self._finish(lease, error)
 
-    def refuse_as(self, lease_id: str, kind: Kind, wait_us: int) -> None:
-        """Refused by the order's own bounds."""
-        self._metrics.limit_rejections.labels(kind.name.lower()).inc()
-        self.refuse(lease_id, _refusal(kind, wait_us))
+    def count_rejection(self, limit: str) -> None:
+        self._metrics.limit_rejections.labels(limit).inc()
+
+    def refuse_as(self, lease: QueuedLease, kind: Kind, wait_us: int, readings: Sequence[Reading] = ()) -> None:
+        """Refused by the order's own bounds, or by a limit of its tenant."""
+        limit, error = _refusal(lease, kind, wait_us, readings)
+        self.count_rejection(limit)
+        if lease.reservation is not None:
+            self.reserved.pop(lease.reservation.demand.reservation, None)
+        self.refuse(lease.id, error)
+
+    def reserve(self, lease: QueuedLease, home: Home, readings: Sequence[Reading]) -> None:
+        """Its demand is met, at `home`."""
+        reservation = lease.reservation
+        if reservation is not None and reservation.home is None:
+            reservation.home, reservation.made = home, self.clock()
+            reservation.hear(readings)
 
     def park(self, lease: QueuedLease, wait_us: int) -> None:
         """It was not granted at once: from now on its deadline is watched."""
@@ -256,6 +285,9 @@ class Desk(Protocol):
     def leave(self, lease: QueuedLease, debt: Debt) -> None:
         """It was dropped from the roster: end its wait, or free its slot."""
 
+    def settle(self, settlement: Settlement) -> None:
+        """See `reservation.Home`."""
+
     def set_slots(self, worker_id: str, slots: int) -> None:
         """See `ticket.Admission`."""
 
@@ -280,8 +312,8 @@ class QueuedAdmission:
         self.served: set[str] = set()
         self._closed: GatewayError | None = None
 
-    async def overview(self) -> Overview:
-        """All that waits, wherever it arrived. Raises DependencyUnavailable."""
+    async def overview(self, metered: Sequence[Metered] = ()) -> Overview:
+        """All that waits, wherever it arrived, and what these tenants have used. Raises DependencyUnavailable."""
         raise NotImplementedError
 
     @asynccontextmanager
@@ -319,7 +351,15 @@ class QueuedAdmission:
     async def admit(self, ticket: Ticket) -> QueuedLease:
         cost = self._costs.of(ticket.model).estimate(ticket.prompt_bytes, ticket.max_tokens)
         lease = QueuedLease(self, ticket, cost)
-        await self._stand(lease)
+        if ticket.tenant.limits is not UNLIMITED and ticket.tenant.limits != UNLIMITED:
+            self._reserve(lease)
+        try:
+            await self._stand(lease)
+        except BaseException as error:
+            self._settle(lease, None)
+            if isinstance(error, GatewayError):
+                error.allowances = lease.allowances
+            raise
         return lease
 
     async def move(self, lease: QueuedLease, candidates: tuple[str, ...]) -> None:
@@ -329,13 +369,36 @@ class QueuedAdmission:
         lease.is_moved = True
         await self._stand(lease)
 
-    def leave(self, lease: QueuedLease, usage: TokenUsage | None) -> None:
-        """The end of a lease. Without usage the estimate stands."""
+    def leave(self, lease: QueuedLease, spent: TokenUsage | Spent | None) -> None:
+        """The end of a lease. In the order of the queue the estimate stands where usage is not known."""
         owed = 0.0
-        if usage is not None:
-            self._costs.of(lease.ticket.model).learn(lease.ticket.prompt_bytes, usage)
-            owed = usage.prompt_tokens + usage.completion_tokens - lease.cost
+        if isinstance(spent, TokenUsage):
+            self._costs.of(lease.ticket.model).learn(lease.ticket.prompt_bytes, spent)
+            owed = spent.prompt_tokens + spent.completion_tokens - lease.cost
         self._drop(lease, owed)
+        self._settle(lease, spent)
+
+    def _reserve(self, lease: QueuedLease) -> None:
+        """Let it claim of its tenant's limits when it arrives. Raises RateLimitExceeded for what they never give."""
+        ticket = lease.ticket
+        guessed = self._costs.of(ticket.model).guess(ticket.prompt_bytes)
+        limits = ticket.tenant.limits
+        reservation = Reservation(self.roster.new_id(), ticket.tenant.name, limits, guessed, ticket.max_tokens)
+        claim = reservation.too_large
+        if claim is not None:
+            self.roster.count_rejection(claim.limit)
+            raise too_large(claim)
+        lease.reservation = self.roster.reserved[reservation.demand.reservation] = reservation
+
+    def _settle(self, lease: QueuedLease, spent: TokenUsage | Spent | None) -> None:
+        """End its reservation, where it was made and where the lease stands now; once."""
+        reservation = lease.reservation
+        if reservation is None or self.roster.reserved.pop(reservation.demand.reservation, None) is None:
+            return
+        settlement = reservation.settlement(spent)
+        self.desk.settle(settlement)
+        if reservation.home is not None and reservation.home is not self.desk:
+            reservation.home.settle(settlement)
 
     def _drop(self, lease: QueuedLease, owed_tokens: float) -> None:
         if self.roster.drop(lease):
@@ -379,8 +442,18 @@ def new_name() -> str:
     return secrets.token_hex(6)
 
 
-def _refusal(kind: Kind, wait_us: int) -> GatewayError:
-    retry_after_s = max(1.0, wait_us / US)
+def _refusal(lease: QueuedLease, kind: Kind, wait_us: int, readings: Sequence[Reading]) -> tuple[str, GatewayError]:
+    """The name of the bound, and what the client is told."""
+    if lease.reservation is not None:
+        lease.reservation.hear(readings)
+        if kind is Kind.TOO_MANY:
+            return CONCURRENT, lease.reservation.refusal_at_once()
+        if kind is Kind.RATE_LIMITED:
+            return lease.reservation.refusal(readings, wait_us)
+    return kind.name.lower(), _refusal_of_order(kind, max(1.0, wait_us / US))
+
+
+def _refusal_of_order(kind: Kind, retry_after_s: float) -> GatewayError:
     if kind is Kind.TENANT_FULL:
         return TenantQueueFull("You have too many requests waiting. Please try later.", retry_after_s=retry_after_s)
     if kind is Kind.HOPELESS:

@@ -14,6 +14,7 @@ nothing is learned and nothing changes.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from app.workers.vllm_metrics import EngineLoad
@@ -58,6 +59,8 @@ class AdaptiveSlots:
         self.most = most
         self.limit = min(FIRST, most)
         self._brings: dict[int, float] = {}
+        self._windows: Counter[int] = Counter()
+        self._trusted = 0
         self._before: EngineLoad | None = None
         self._window: _Window | None = None
         self._takes: int | None = None
@@ -96,6 +99,8 @@ class AdaptiveSlots:
     def _forget(self) -> None:
         """A worker that is new, or was restarted."""
         self._brings, self._window, self._takes = {}, None, None
+        self._windows.clear()
+        self._trusted = 0
         self._held, self._has_settled = 0, False
         self._kv_used = self._kv_users = 0.0
         self.limit = min(FIRST, self.most)
@@ -140,14 +145,20 @@ class AdaptiveSlots:
     def _learn(self, tokens_per_s: float) -> None:
         known = self._brings.get(self.limit, tokens_per_s)
         self._brings[self.limit] = known + MEMORY * (tokens_per_s - known)
+        self._windows[self.limit] += 1
 
     def _best(self) -> int:
         """The limit to be at, or to try, next."""
+        doubtful = self._doubtful()
+        if doubtful:
+            return self._trusted if self.limit == doubtful else doubtful
         enough, most = self._smallest_enough(), self.room
+        self._trusted = enough
         if self._held:
             self._held -= 1
             if not self._held:
                 self._brings = {enough: self._brings[enough]}
+                self._windows.clear()
             return enough
         highest = max(self._brings)
         if enough == highest < most:
@@ -159,6 +170,13 @@ class AdaptiveSlots:
             return (lower + enough) // 2
         self._held, self._has_settled = HOLD, True
         return enough
+
+    def _doubtful(self) -> int:
+        """A lower limit that seemed to be enough in one window, 0 for none. A machine that others use too has good and
+        bad times: before it is believed, the limit of before is looked at once more, and then the lower one again."""
+        floor = KEPT * max(self._brings.values())
+        seen_once = (limit for limit, brings in self._brings.items() if brings >= floor and self._windows[limit] == 1)
+        return max((limit for limit in seen_once if limit < self._trusted), default=0)
 
     def _smallest_enough(self) -> int:
         best = max(self._brings.values())

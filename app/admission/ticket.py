@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from app.inference import Band, InferenceRequest, QueueListener, TokenUsage
+from app.errors import Allowance
+from app.inference import Band, InferenceRequest, QueueListener, Spent, TokenUsage
 from app.tenant import ANONYMOUS, Tenant
 
 
@@ -15,8 +16,8 @@ class Ticket:
     """What the queue knows of a request.
 
     `candidates` are worker ids, best first; `deadline` is monotonic seconds, after which the ticket must not be
-    granted. `prompt_bytes` and `max_tokens` are what its cost is estimated from; the bytes are also what the request
-    holds in memory while it waits. `on_wait` is told where it stands: see `announcer`.
+    granted. `prompt_bytes` and `max_tokens` (for all of its choices together) are what its cost is estimated from; the
+    bytes are also what the request holds in memory while it waits. `on_wait` is told where it stands: see `announcer`.
     """
 
     id: str
@@ -38,7 +39,7 @@ class Ticket:
             model=request.resolved_model,
             tenant=request.tenant,
             prompt_bytes=request.prompt_bytes,
-            max_tokens=request.max_tokens,
+            max_tokens=request.max_output,
             deadline=request.deadline,
             on_wait=request.on_wait,
         )
@@ -48,7 +49,8 @@ class Lease(Protocol):
     """One slot of one worker, held until `release`. Leaving it as a context manager releases it.
 
     `release` never waits and never fails, so that it cannot be cancelled half-way; releasing twice is releasing once.
-    The real `usage` settles what the ticket was estimated to cost.
+    What was really `spent` settles what the ticket was estimated to cost and reserved of its tenant's limits; None is
+    nothing: it was never served.
     """
 
     @property
@@ -57,10 +59,13 @@ class Lease(Protocol):
     @property
     def waited_s(self) -> float: ...
 
+    @property
+    def allowances(self) -> tuple[Allowance, ...]: ...
+
     async def move(self, candidates: tuple[str, ...]) -> None:
         """Give this slot up and take one of `candidates`, ahead of those who have not been granted anything yet."""
 
-    def release(self, usage: TokenUsage | None = None) -> None: ...
+    def release(self, spent: TokenUsage | Spent | None = None) -> None: ...
 
     def __enter__(self) -> Self: ...
 
@@ -75,8 +80,8 @@ class Admission(Protocol):
     async def admit(self, ticket: Ticket) -> Lease:
         """Wait for a slot on one of the ticket's candidates. Cancelling the wait takes the ticket out.
 
-        Raises TenantQueueFull, Overloaded (no room to wait, or no hope before the deadline), QueueTimeout (waited too
-        long), NoHealthyWorker, DependencyUnavailable.
+        Raises RateLimitExceeded, InsufficientQuota, TenantQueueFull, Overloaded (no room to wait, or no hope before
+        the deadline), QueueTimeout (waited too long), NoHealthyWorker, DependencyUnavailable.
         """
 
     def set_slots(self, worker_id: str, slots: int, *, is_served: bool | None = None, limit: int | None = None) -> None:

@@ -8,7 +8,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from app.admission.fairness import MOVED, RANK, Overview
+from app.admission.quota import NOTHING, Metered, Usage, claims_of
 from app.api.dependencies import RuntimeOf
+from app.tenant import UNLIMITED, Limits
 
 routes = APIRouter(prefix="/admin", tags=["operations"])
 
@@ -47,6 +49,46 @@ class QueueView(BaseModel):
     flows: list[FlowRow]
     routes: list[RouteRow]
     workers: list[WorkerRow]
+
+
+class LimitRow(BaseModel):
+    """One limit of a tenant, over all replicas."""
+
+    limit: str
+    most: int
+    used: int
+    reset_s: float = Field(description="until all that is used has come back")
+
+
+class LimitsRow(BaseModel):
+    tenant: str
+    concurrent: int = Field(description="requests that wait or run now")
+    concurrent_most: int | None
+    limits: list[LimitRow]
+
+
+class LimitsView(BaseModel):
+    """What the configured tenants have used of their limits; of this process' share while Redis is out of reach."""
+
+    tenants: list[LimitsRow]
+
+
+@routes.get("/limits", summary="Limits: what each tenant has used of its windows, and how much runs at once")
+async def limits(runtime: RuntimeOf) -> LimitsView:
+    tenants = [runtime.tenants.get(tenant.name) for tenant in runtime.settings.tenants]
+    limited = {tenant.name: tenant.limits for tenant in tenants if tenant.limits != UNLIMITED}
+    metered = [Metered(name, claims_of(of, NOTHING, NOTHING)) for name, of in limited.items()]
+    overview = await runtime.admission.overview(metered)
+    usages = {usage.tenant: usage for usage in overview.usages}
+    return LimitsView(tenants=[_limits(made, usages[made.tenant], limited[made.tenant]) for made in metered])
+
+
+def _limits(metered: Metered, usage: Usage, limits: Limits) -> LimitsRow:
+    rows = [
+        LimitRow(limit=claim.limit, most=claim.most, used=used, reset_s=reset_us / US)
+        for claim, (used, reset_us) in zip(metered.claims, usage.readings, strict=True)
+    ]
+    return LimitsRow(tenant=metered.tenant, concurrent=usage.live, concurrent_most=limits.concurrent, limits=rows)
 
 
 @routes.get("/queue", summary="The queue: what waits, how fast it drains, which slots are held")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.rate_limits import rate_limit_headers
 from app.errors import GatewayError
 
 
@@ -15,6 +16,7 @@ async def send_error(error: GatewayError, send: Send) -> None:
         (b"content-length", b"%d" % len(body)),
         (b"cache-control", b"no-store"),
         *error.headers(),
+        *rate_limit_headers(error.allowances),
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.types import Scope, Send
 
 from app.api.protocol import ClientConnection, response_of
+from app.api.rate_limits import rate_limit_headers
 from app.errors import GatewayError
 from app.gateway import Reply
 from app.inference import Route
@@ -28,6 +29,7 @@ async def send_reply(reply: Reply, send: Send, client: ClientConnection) -> None
         (b"x-sluice-model", reply.variant.model.encode()),
         (b"x-sluice-variant", reply.variant.name.encode()),
         (b"x-sluice-queue-ms", b"%.1f" % (reply.lease.waited_s * 1000)),
+        *rate_limit_headers(reply.lease.allowances),
     ]
     if answer.resume:
         headers.append((b"x-sluice-resume", answer.resume.encode()))

@@ -30,10 +30,19 @@ READY = "ready"
 
 
 @dataclass(frozen=True, slots=True)
+class ReadyKeys:
+    """Keys of one start, themselves: they are told to whoever started it, and kept nowhere."""
+
+    tenant: str
+    admin: str
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """All that has been decided. `valkey` is the server's binary, None where the settings name a Redis.
 
-    `served` are all workers that must be ready, `own` the processes among them.
+    `served` are all workers that must be ready, `own` the processes among them. `keys` is None where none are asked
+    for, or where the settings say which ones.
     """
 
     settings: Settings
@@ -41,6 +50,7 @@ class Start:
     served: tuple[ServedWorker, ...]
     own: tuple[ProcessSpec, ...]
     logs: Path
+    keys: ReadyKeys | None = None
 
 
 def find_valkey() -> Path:
@@ -192,16 +202,31 @@ def _what_is_missing(url: str, expected: set[str]) -> str:
 
 
 def banner(start: Start) -> str:
-    """The three things to do next."""
+    """The three things to do next, and the keys for them."""
     listen, admin = start.settings.listen, start.settings.admin
     url = reachable(listen.host, listen.port)
     operator = reachable(admin.host, admin.port) if admin else url
     model = start.served[0].model
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    key, see = "", ""
+    if start.settings.is_guarded:
+        key = '-H "authorization: Bearer $OPENAI_API_KEY" '
+        see = 'curl -H "authorization: Bearer $SLUICE_ADMIN_KEY" '
     return (
         f"\nReady. Serving {', '.join(f'{one.model}:{one.variant}' for one in start.served)} at {url}/v1\n\n"
-        f"  Ask      curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n"
-        f"  API      {operator}/docs\n"
-        f"  Metrics  {operator}/metrics\n\n"
+        f"{_exports(start.keys, url)}"
+        f"  Ask      curl {url}/v1/chat/completions {key}-H 'content-type: application/json' -d '{body}'\n"
+        f"  API      {see}{operator}/docs\n"
+        f"  Metrics  {see}{operator}/metrics\n\n"
         f"Logs are in {start.logs}. Ctrl-C stops everything.\n"
+    )
+
+
+def _exports(keys: ReadyKeys | None, url: str) -> str:
+    if keys is None:
+        return ""
+    return (
+        f"  Keys     export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={keys.tenant}\n"
+        f"           export SLUICE_ADMIN_KEY={keys.admin}\n"
+        "           They are this start's; `sluice keys create` makes lasting ones.\n"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from app.launcher.processes import (
     worker_memory,
 )
 from app.launcher.progress import Steps
-from app.launcher.serving import SERVING_STEPS, Start, find_valkey, serve
+from app.launcher.serving import SERVING_STEPS, ReadyKeys, Start, find_valkey, serve
 from app.settings import Settings, load_settings
 
 GPU_MEMORY_SHARE = 0.9
@@ -41,7 +41,10 @@ GPU_MEMORY_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """The command line of `sluice up`; None and empty mean that a value was not given."""
+    """The command line of `sluice up`; None and empty mean that a value was not given.
+
+    `issue_keys` makes keys in a new file, for a gateway that asks for some and has none.
+    """
 
     home: Home
     model: str | None = None
@@ -58,6 +61,7 @@ class UpOptions:
     kv_cache_bytes: int | None = None
     run: Path | None = None
     prepare_only: bool = False
+    issue_keys: Callable[[Settings, Path], ReadyKeys] | None = None
 
     @property
     def run_directory(self) -> Path:
@@ -93,8 +97,10 @@ def up(options: UpOptions, steps: Steps) -> None:
         steps.expect(SERVING_STEPS)
         own = _own_workers(options, room, _prepare(options, room, steps)) if room else []
         served = (*given, *(worker for worker, _ in own))
-        start = Start(settings, valkey, served, tuple(spec for _, spec in own), make_directory(options.logs))
-        serve(start, lambda redis_url: _write_config(options, user, served, redis_url), steps)
+        key_file, keys = _ready_keys(options, settings)
+        processes = tuple(spec for _, spec in own)
+        start = Start(settings, valkey, served, processes, make_directory(options.logs), keys)
+        serve(start, lambda redis_url: _write_config(options, user, served, redis_url, key_file), steps)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -108,6 +114,15 @@ def _read_config(options: UpOptions) -> tuple[Settings, dict[str, Any]]:
     settings = load_settings(options.config, host=options.host, port=port, processes=options.processes)
     user = yaml.safe_load(options.config.read_text(encoding="utf-8")) if options.config else {}
     return settings, user
+
+
+def _ready_keys(options: UpOptions, settings: Settings) -> tuple[Path | None, ReadyKeys | None]:
+    """Keys of this start alone, where keys are asked for and the configuration does not say where they are."""
+    if options.issue_keys is None or not settings.is_guarded or settings.auth.key_files or settings.redis:
+        return None, None
+    path = options.run_directory / "keys.yaml"
+    path.unlink(missing_ok=True)
+    return path, options.issue_keys(settings, path)
 
 
 def _engine_room(options: UpOptions, user: Mapping[str, Any]) -> EngineRoom:
@@ -177,11 +192,15 @@ def _own_worker(
 
 
 def _write_config(
-    options: UpOptions, user: Mapping[str, Any], workers: Sequence[ServedWorker], redis_url: str | None
+    options: UpOptions,
+    user: Mapping[str, Any],
+    workers: Sequence[ServedWorker],
+    redis_url: str | None,
+    key_file: Path | None,
 ) -> Path:
     """`gateway.yaml` in the run directory, checked the way the gateway will check it. Raises ConfigurationError."""
     path = options.run_directory / "gateway.yaml"
-    config = gateway_config(user, workers, redis_url, options.run_directory / "batches")
+    config = gateway_config(user, workers, redis_url, key_file, options.run_directory / "batches")
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     load_settings(path)
     return path

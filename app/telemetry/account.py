@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from app.errors import Draining, GatewayError, InvalidRequest, QueueTimeout, Unavailable
-from app.inference import Band, InferenceRequest, Outcome, TokenUsage
+from app.inference import Band, InferenceRequest, Outcome, Spent, TokenUsage
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics, Series
 
@@ -140,6 +140,23 @@ class Account:
                 self._ttfts.note(self._request.resolved_model, now - self.timeline.arrived, now)
         elif self._series is not None:
             self._series.itl.observe(gap)
+
+    def spent(self, error: BaseException | None) -> TokenUsage | Spent | None:
+        """What a request that ends with `error` used of its tenant's limits; None is nothing, it was not even made.
+
+        Free of charge is what no worker began to answer, unless that is the client's doing: a request that it gave up
+        has been worked on, and a bad one is a request. Without the worker's word a chunk is a token.
+        """
+        is_streamed = self._request.stream
+        if self.usage is not None:
+            return self.usage
+        if self.timeline.first_byte is not None:
+            return Spent(None, self.timeline.token_chunks) if is_streamed else Spent(0, 0)
+        if isinstance(error, InvalidRequest):
+            return Spent(0, 0)
+        if self.timeline.dispatched is not None and isinstance(error, asyncio.CancelledError):
+            return Spent(None, 0 if is_streamed else None)
+        return None
 
     def fail(self, error: GatewayError) -> None:
         """The answer broke after its first byte."""

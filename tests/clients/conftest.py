@@ -10,7 +10,7 @@ from openai import AsyncOpenAI
 
 from tests.clients.conversations import Served
 from tests.fakes.worker import FakeWorker
-from tests.integration.gateway.running import GatewayProcess, model
+from tests.integration.gateway.running import GatewayProcess, issue_keys, model
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -32,9 +32,14 @@ async def served(
 ) -> AsyncIterator[Served]:
     async with FakeWorker("embed", task="embed") as embedder:
         models = [model("smollm2", fake), model("embed", embedder), model("narrow", narrow, max_concurrency=1)]
-        async with GatewayProcess(tmp_path_factory.mktemp("clients"), models) as gateway:
+        directory = tmp_path_factory.mktemp("clients")
+        keys = await issue_keys(directory / "keys.yaml", "acme", admin="operators")
+        auth = {"enabled": True, "key_files": [str(directory / "keys.yaml")]}
+        async with GatewayProcess(
+            directory, models, key=keys["acme"], admin_key=keys["operators"], auth=auth
+        ) as gateway:
             await gateway.ready(fake, embedder, narrow)
-            yield Served(gateway, "smollm2", "smollm2:v", fake.url)
+            yield Served(gateway, "smollm2", "smollm2:v", fake.url, keys["acme"])
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -2,7 +2,7 @@
 import OpenAI from "openai";
 
 const [baseURL, model, ...asked] = process.argv.slice(2);
-const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 60_000 });
+const client = new OpenAI({ baseURL, maxRetries: 0, timeout: 60_000 });
 const request = {
   model,
   messages: [{ role: "user", content: "What is the capital of France?" }],
@@ -41,7 +41,7 @@ async function queued() {
     copy = new Response(mine).text();
     return new Response(theirs, { status: response.status, headers: response.headers });
   };
-  const observed = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 60_000, fetch: observing });
+  const observed = new OpenAI({ baseURL, maxRetries: 0, timeout: 60_000, fetch: observing });
   const headers = { "x-sluice-queue-events": "1" };
   const stream = await observed.chat.completions.create({ ...request, stream: true }, { headers });
   let content = "";

@@ -33,19 +33,24 @@ LONG_TOKENS = 600
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A gateway that serves `model`, of which `variant` is a pinned form, by the worker at `worker_url`."""
+    """A gateway that serves `model`, of which `variant` is a pinned form, by the worker at `worker_url`.
+
+    It asks for `key`, unless that is `none`.
+    """
 
     gateway: GatewayProcess
     model: str
     variant: str
     worker_url: str
+    key: str = "none"
 
     @property
     def url(self) -> str:
         return f"{self.gateway.url}/v1"
 
     def client(self, **options: Any) -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=self.url, api_key="none", **{"max_retries": 0, "timeout": 60.0, **options})
+        given = {"base_url": self.url, "api_key": self.key, "max_retries": 0, "timeout": 60.0, **options}
+        return AsyncOpenAI(**given)
 
     async def running(self) -> float:
         """Requests that the worker's engine runs, by its own count."""
@@ -266,7 +271,7 @@ class Conversations:
 
     async def test_the_synchronous_client(self, served: Served) -> None:
         def ask() -> str:
-            with OpenAI(base_url=served.url, api_key="none", max_retries=0) as client:
+            with OpenAI(base_url=served.url, api_key=served.key, max_retries=0) as client:
                 stream = client.chat.completions.create(
                     model=served.model, messages=QUESTION, max_tokens=4, stream=True
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -55,6 +56,7 @@ async def told(script: Path, served: Served) -> dict[str, dict[str, Any]]:
         served.model,
         *MODES,
         cwd=script.parent,
+        env={**os.environ, "OPENAI_API_KEY": served.key},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

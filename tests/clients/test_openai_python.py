@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import time
 
+import httpx
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionMessageParam
+from pydantic import SecretStr
 
 from tests.clients.conversations import QUESTION, WEATHER, Conversations, Served
 from tests.fakes.worker import FakeWorker
@@ -59,7 +62,7 @@ async def test_a_broken_answer_raises(client: AsyncOpenAI, served: Served) -> No
         await client.chat.completions.create(
             model=served.model, messages=COUNTING, extra_body={"x_fault": "die_before_byte"}
         )
-    assert (caught.value.status_code, caught.value.code) == (502, "worker_lost")
+    assert (caught.value.status_code, caught.value.code) == (503, "no_healthy_worker")
 
 
 async def test_a_full_worker_is_tried_again_after_the_time_that_the_gateway_names(
@@ -87,3 +90,19 @@ async def test_embeddings(client: AsyncOpenAI) -> None:
     answer = await client.embeddings.create(model="embed", input=["one", "two"])
     assert [entry.index for entry in answer.data] == [0, 1]
     assert all(isinstance(number, float) for number in answer.data[0].embedding)
+
+
+async def test_a_wrong_key_is_an_authentication_error(served: Served) -> None:
+    async with served.client(api_key="sk-wrong") as stranger:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            await stranger.chat.completions.create(model=served.model, messages=COUNTING)
+    assert (caught.value.status_code, caught.value.code) == (401, "invalid_api_key")
+
+
+async def test_langchain_with_a_key(served: Served) -> None:
+    async with httpx.AsyncClient() as http:
+        model = ChatOpenAI(
+            model=served.model, base_url=served.url, api_key=SecretStr(served.key), http_async_client=http
+        )
+        assert (await model.ainvoke("one two three")).content == "one two three"
+        assert "".join([str(part.content) async for part in model.astream("one two three")]) == "one two three"

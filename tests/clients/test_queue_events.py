@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,11 +30,12 @@ ANSWER = "What is the capital of France?"
 
 
 @asynccontextmanager
-async def queued(gateway: GatewayProcess, narrow: FakeWorker) -> AsyncIterator[None]:
+async def queued(served: Served, narrow: FakeWorker) -> AsyncIterator[None]:
     """The slot is taken; it is given back once another waiting stream, which asked after ours, has heard of its place.
 
     Then ours, whoever asked, has heard too.
     """
+    gateway = served.gateway
     await gateway.idle()
     narrow.hold()
     holder = asyncio.create_task(gateway.http.post(CHAT, json=chat(model="narrow")))
@@ -42,7 +44,8 @@ async def queued(gateway: GatewayProcess, narrow: FakeWorker) -> AsyncIterator[N
     async def let_go() -> None:
         await gateway.metric("sluice_queue_depth", 1, timeout_s=30)
         async with connected(gateway.url) as after:
-            await after.post(CHAT, chat(model="narrow", stream=True), {"content-type": "application/json", **EVENTS})
+            headers = {"content-type": "application/json", "authorization": f"Bearer {served.key}", **EVENTS}
+            await after.post(CHAT, chat(model="narrow", stream=True), headers)
             await after.until(b"position=2 of=2")
             narrow.resume()
             await after.until(b"[DONE]")
@@ -58,7 +61,7 @@ async def queued(gateway: GatewayProcess, narrow: FakeWorker) -> AsyncIterator[N
 
 
 async def test_the_python_client(client: AsyncOpenAI, served: Served, narrow: FakeWorker) -> None:
-    async with queued(served.gateway, narrow):
+    async with queued(served, narrow):
         stream = await client.chat.completions.create(
             model="narrow", messages=QUESTION, stream=True, extra_headers=EVENTS
         )
@@ -69,11 +72,11 @@ async def test_the_python_client(client: AsyncOpenAI, served: Served, narrow: Fa
 
 async def test_langchain(served: Served, narrow: FakeWorker) -> None:
     bare = httpx.AsyncClient()
-    async with bare, queued(served.gateway, narrow):
+    async with bare, queued(served, narrow):
         chain = ChatOpenAI(
             model="narrow",
             base_url=served.url,
-            api_key=SecretStr("none"),
+            api_key=SecretStr(served.key),
             default_headers=EVENTS,
             max_retries=0,
             http_async_client=bare,
@@ -83,9 +86,12 @@ async def test_langchain(served: Served, narrow: FakeWorker) -> None:
 
 
 async def test_the_node_client(script: Path, served: Served, narrow: FakeWorker) -> None:
-    async with queued(served.gateway, narrow):
+    async with queued(served, narrow):
         process = await asyncio.create_subprocess_exec(
-            "node", script.name, served.url, "narrow", "queued", cwd=script.parent, stdout=asyncio.subprocess.PIPE
+            *("node", script.name, served.url, "narrow", "queued"),
+            cwd=script.parent,
+            env={**os.environ, "OPENAI_API_KEY": served.key},
+            stdout=asyncio.subprocess.PIPE,
         )
         printed, _ = await asyncio.wait_for(process.communicate(), 60)
     told = json.loads(printed)

@@ -123,6 +123,8 @@ async def test_the_engine_is_full_and_nobody_waits_in_it(worker: RealWorker, tmp
                         await watched(worker, SETTLES_S)
                         seen = await watched(worker, MEASURED_S)
                     waiting += seen.waiting
+                    limit = (await adaptive.scrape()).sum("sluice_slots_capacity")
+                    print(f"auto has {limit:g} slots")
                 else:
                     directory = tmp_path / f"{len(brought.get(slots, ()))}"
                     directory.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -147,6 +148,21 @@ def test_serves_and_stops_cleanly(site: Site) -> None:
         site.assert_nothing_left()
     for step in (f"curl {site.url}/v1/chat/completions", f"{site.url}/docs", f"{site.url}/metrics", "Stopped."):
         assert step in process.output
+
+
+def test_a_public_address_asks_for_the_key_that_is_printed(site: Site) -> None:
+    config = site.home.root / "admin.yaml"
+    admin_port = free_port()
+    config.write_text(f"admin: {{port: {admin_port}}}")
+    with site.up("--host", "0.0.0.0", "--config", str(config)) as process:
+        process.wait_for_line("Ctrl-C stops everything", START_S)
+        keys = dict(re.findall(r"(OPENAI_API_KEY|SLUICE_ADMIN_KEY)=(\S+)", process.output))
+        asked = f"{site.url}/v1/models", f"http://127.0.0.1:{admin_port}/metrics"
+        assert [httpx.get(url).status_code for url in asked] == [401, 401]
+        shown = [{"authorization": f"Bearer {keys[name]}"} for name in ("OPENAI_API_KEY", "SLUICE_ADMIN_KEY")]
+        assert [httpx.get(url, headers=key).status_code for url, key in zip(asked, shown, strict=True)] == [200, 200]
+        assert '-H "authorization: Bearer $OPENAI_API_KEY"' in process.output
+        assert keys["OPENAI_API_KEY"] not in (site.run / "keys.yaml").read_text()
 
 
 def test_a_second_signal_does_not_wait_for_open_requests(site: Site) -> None:

@@ -1,4 +1,4 @@
--- payload: places. body: {kind, worker or expected wait in us} of each.
+-- payload: places. body: {kind, worker or expected wait in us, readings of its claims} of each.
 
 local function known(place)
   for _, worker in ipairs(place.candidates) do
@@ -35,6 +35,14 @@ local function wait(fields, place)
   return { WAITS, wait_us }
 end
 
+local function arrive(fields, place, open)
+  local outcome = over_limits(place) or (open and at_once(place)) or wait(fields, place)
+  if outcome[1] <= WAITS then
+    reserve(place)
+  end
+  return outcome
+end
+
 local objected = objection()
 if objected then
   return objected
@@ -43,6 +51,7 @@ local body, open = {}, is_open()
 for index, fields in ipairs(payload) do
   local place = place_of(fields)
   place.waited_us = place.waited_us - (index - 1) -- keeps those apart, in their order, that arrive in one call
-  body[index] = known(place) or (open and at_once(place)) or wait(fields, place)
+  body[index] = known(place) or arrive(fields, place, open)
+  body[index][3] = place.demand and readings(place.tenant, place.demand[3]) or nil
 end
 return answer(body)

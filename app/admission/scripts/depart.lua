@@ -1,5 +1,5 @@
--- payload: {releases: {id, worker, band, tenant, owed}, cancels: {id, candidates, band, tenant, owed}}. body: {}.
--- A lease or ticket that is not there changes nothing.
+-- payload: {releases: {id, worker, band, tenant, owed}, cancels: {id, candidates, band, tenant, owed},
+-- settlements: {reservation, amounts}}. body: {}. A lease, ticket or reservation that is not there changes nothing.
 
 local freed = {}
 
@@ -27,6 +27,9 @@ for _, fields in ipairs(payload[2]) do
       release(id, worker, band, tenant, owed)
     end
   end
+end
+for _, settlement in ipairs(payload[3]) do
+  settle_reservation(unpack(settlement))
 end
 for _, worker in ipairs(freed) do
   grant(worker)

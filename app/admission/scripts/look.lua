@@ -1,7 +1,7 @@
--- payload: {}. body: {flows: {band, route, candidates, tenant, tickets, oldest in us}, drains: {route, gap, count},
--- slots: {worker, held, slots}}. Changes nothing, and so has no number.
+-- payload: {tenant, claims}. body: {flows: {band, route, candidates, tenant, tickets, oldest in us}, drains: {route,
+-- gap, count}, slots: {worker, held, slots}, usages: {tenant, live, readings}}. Changes nothing, and so has no number.
 
-local found, drains, held, seen = {}, {}, {}, {}
+local found, drains, held, seen, usages = {}, {}, {}, {}, {}
 for _, id in ipairs(call('HKEYS', key('tickets'))) do
   local place = ticket(id)
   local name = table.concat({ place.band, place.route, place.tenant }, ':')
@@ -21,4 +21,8 @@ end
 for _, worker in ipairs(workers()) do
   table.insert(held, { worker, load.get(worker), slots.get(worker) })
 end
-return cmsgpack.pack({ OK, 0, {}, { flows, drains, held } })
+for _, metered in ipairs(payload) do
+  local tenant, claims = unpack(metered)
+  table.insert(usages, { tenant, call('SCARD', key('live', tenant)), readings(tenant, claims) })
+end
+return cmsgpack.pack({ OK, 0, {}, { flows, drains, held, usages } })

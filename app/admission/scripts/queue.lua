@@ -1,4 +1,4 @@
--- The order of fairness.py on shared state. Every script is: clock, this file, what it does itself.
+-- The order of fairness.py on shared state. Every script is: clock, this file, quota, what it does itself.
 --
 -- KEYS[1] is the prefix of all keys. ARGV: 1 replica, 2 epoch it believes in, 3 number of this call, 4 number of its
 -- last answered call, 5 rules (msgpack), 6 payload (msgpack). A call answers msgpack: {status, opens_in_us, body}.
@@ -86,6 +86,9 @@ local drain = kept(function(route)
 end, function(route, value)
   call('SET', key('drain', route), cmsgpack.pack(value), 'EX', 3600)
 end)
+
+-- What is written back when a call is answered.
+local written = { depth, virtual, drain }
 
 local function flow_drain(place)
   local packed = call('HGET', key('drains', place.band, place.route), place.tenant)
@@ -353,6 +356,7 @@ local function place_of(fields)
   return {
     id = fields[1], band = fields[2], route = fields[3], candidates = fields[4], tenant = fields[5],
     weight = fields[6], cost = fields[7], patience_us = fields[8], waited_us = fields[9], bytes = fields[10],
+    demand = fields[11],
   }
 end
 
@@ -385,7 +389,7 @@ local function enqueue(fields, place)
     drain.put(place.route, { now, known[2], known[3] })
   end
   count(place, 1)
-  fields[8], fields[9] = deadline, arrived
+  fields[8], fields[9], fields[11] = deadline, arrived, nil
   call('HSET', key('tickets'), place.id, cmsgpack.pack(fields))
   call('ZADD', key('deadlines'), deadline, place.id)
 end
@@ -505,7 +509,7 @@ local function answer(body)
   for replica, grants in pairs(granted) do
     call('PUBLISH', channel(replica), cmsgpack.pack(grants))
   end
-  for _, values in ipairs({ depth, virtual, drain }) do
+  for _, values in ipairs(written) do
     values.write_back()
   end
   local _, opens_in_us = look_whether_open()

@@ -22,6 +22,7 @@ local function reap_replicas()
       call('ZREM', key('synced'), replica)
       call('HDEL', key('calls'), replica)
       call('HDEL', key('replies'), replica)
+      call('HDEL', key('told'), replica)
       for _, worker in ipairs(workers()) do
         call('HDEL', key('view', worker), replica)
         call('HDEL', key('limit', worker), replica)
@@ -33,6 +34,11 @@ local function reap_replicas()
     for _, id in ipairs(call('HKEYS', key('tickets'))) do
       if dead[replica_of(id)] then
         dequeue(ticket(id))
+      end
+    end
+    for _, id in ipairs(call('HKEYS', key('reserved'))) do
+      if dead[replica_of(id)] then
+        end_reservation(id) -- what it took comes back with the window
       end
     end
   end

@@ -1,10 +1,12 @@
--- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch, limits: {worker, limit}}: all that the
--- replica holds, waits for and sees. It is made so here: leases are renewed, or taken again while there is room; what
--- the replica does not know is removed. body: {epoch, ids of leases without a slot, ids of tickets that do not wait
--- here, limits that others set: {worker, limit}, how many replicas are alive}.
+-- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch, limits: {worker, limit}, reservations:
+-- {id, tenant, age in us, claims, what is heard of it}, given: {number, {tenant, limit, window, age
+-- in us, amount}}}: all that the replica holds, waits for, sees, has reserved and gave by itself. It is made so here: leases are renewed, or taken again while there is room; reservations are
+-- noted again, but nothing is taken for them twice; what the replica does not know is removed. body: {epoch, ids of
+-- leases without a slot, ids of tickets that do not wait here, limits that others set: {worker, limit}, how many
+-- replicas are alive}.
 
-local leases, tickets, views, new_epoch, limits = payload[1], payload[2], payload[3], payload[4], payload[5]
-local holds, waits, sees = {}, {}, {}
+local leases, tickets, views, new_epoch, limits, reservations, given = unpack(payload)
+local holds, waits, sees, reserves = {}, {}, {}, {}
 for _, lease in ipairs(leases) do
   holds[lease[1]] = lease[2]
 end
@@ -64,6 +66,39 @@ local function renew(worker)
   end
 end
 
+-- One that nothing is heard of is on its way, or its arrival was lost: its ticket will arrive again and tell.
+local NOTHING, GIVEN = 0, 2
+local function renew_reservations()
+  for _, reservation in ipairs(reservations) do
+    local id, tenant, age_us, claims, heard = unpack(reservation)
+    reserves[id] = true
+    if heard ~= NOTHING and hold_reservation(id, tenant, now - age_us, claims) and heard == GIVEN then
+      for _, claim in ipairs(claims) do
+        take_as_of(meter_of(tenant, claim), claim[4], now - age_us)
+      end
+    end
+  end
+  for _, id in ipairs(call('HKEYS', key('reserved'))) do
+    if replica_of(id) == me and not reserves[id] then
+      end_reservation(id)
+    end
+  end
+end
+
+-- What the replica gave of limits while it could not ask, to requests that have ended, once.
+local function take_what_was_given()
+  for _, episode in ipairs(given) do
+    local episode_number, takings = unpack(episode)
+    if episode_number > number_of(call('HGET', key('told'), me)) then
+      call('HSET', key('told'), me, episode_number)
+      for _, taking in ipairs(takings) do
+        local tenant, limit, window_us, age_us, amount = unpack(taking)
+        take_as_of(meter_of(tenant, { limit, 0, window_us }), amount, now - age_us)
+      end
+    end
+  end
+end
+
 local last = tonumber(call('HGET', key('calls'), me) or -1)
 if answered <= last then
   if number == last then
@@ -82,6 +117,8 @@ for _, id in ipairs(call('HKEYS', key('tickets'))) do
     dequeue(ticket(id))
   end
 end
+take_what_was_given()
+renew_reservations()
 local lost, missing = {}, {}
 for _, lease in ipairs(leases) do
   local id, worker = lease[1], lease[2]

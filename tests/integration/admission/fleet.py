@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from app import settings
 from app.admission.controller import RedisAdmission
+from app.admission.ledger import Scripts
 from app.admission.roster import QueuedLease
 from app.admission.ticket import Ticket
 from app.inference import Band
@@ -29,7 +30,13 @@ def ticket(*candidates: str, band: Band = Band.DEFAULT, tenant: str = "t", deadl
 
 @asynccontextmanager
 async def replica(
-    server: str | settings.Redis, slots: int | dict[str, int] = 1, *, replicas: int = 1, **limits: object
+    server: str | settings.Redis,
+    slots: int | dict[str, int] = 1,
+    scripts: Scripts | None = None,
+    /,
+    *,
+    replicas: int = 1,
+    **limits: object,
 ) -> AsyncIterator[RedisAdmission]:
     """A running admission whose leases live for a second and a half, unless told otherwise."""
     configured = settings.Admission(**{"lease_s": 1.5, **limits})
@@ -40,6 +47,7 @@ async def replica(
         Metrics(CollectorRegistry()),
         open_log(settings.Logs(level="error")),
         time.monotonic,
+        scripts,
     )
     async with admission.running():
         for worker, count in (slots if isinstance(slots, dict) else {"w": slots}).items():
@@ -76,14 +84,14 @@ async def granted_in_time(admission: RedisAdmission, asked: Ticket, limit_s: flo
     return lease, time.monotonic() - started
 
 
-# The whole ledger in one answer, also out of memory: {key: members}, of `slots` and `depth` the values too.
+# The whole ledger in one answer, also out of memory: {key: members}, of `slots`, `depth` and `spent` the values too.
 READ = """#!lua flags=no-writes,allow-oom
 local found = {}
 for _, name in ipairs(redis.call('KEYS', ARGV[1] .. '*')) do
   local kind, short = redis.call('TYPE', name)['ok'], string.sub(name, #ARGV[1] + 1)
   local value = kind == 'zset' and redis.call('ZRANGE', name, 0, -1)
     or kind == 'set' and redis.call('SMEMBERS', name)
-    or (short == 'depth' or short == 'slots') and redis.call('HGETALL', name)
+    or (short == 'depth' or short == 'slots' or string.match(short, '^spent:')) and redis.call('HGETALL', name)
     or kind == 'hash' and redis.call('HKEYS', name)
     or {}
   found[short] = table.concat(value, ' ')
@@ -115,6 +123,11 @@ class Dump:
         }
         self.slots = _counts(words.get("slots", []))
         self.depth = _counts(words.get("depth", []))
+        self.reserved = set(words.get("reserved", ()))
+        self.live = {name.removeprefix("live:"): set(ids) for name, ids in words.items() if name.startswith("live:")}
+        self.spent = {
+            name.removeprefix("spent:"): _counts(fields) for name, fields in words.items() if name.startswith("spent:")
+        }
 
     @property
     def leases(self) -> set[str]:

@@ -1,6 +1,7 @@
 """I1 to I16 on the real scripts: replicas that crash, replay, miss replies; a server that forgets, fills up, goes back.
 
-Time is the test's own. After every step the whole ledger is read and checked.
+Time is the test's own. After every step the whole ledger is read and checked. Limits have windows longer than any run,
+so that what is taken of them is exactly what was reserved and not given back.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import redis
@@ -25,7 +29,8 @@ from hypothesis.stateful import (
 
 from app.admission import ledger
 from app.admission.fairness import Debt, Grant, Kind, Place
-from app.admission.ledger import Answer, Call, Departures, LedgerChanged, LedgerFull
+from app.admission.ledger import Answer, Call, Departures, Heard, LedgerChanged, LedgerFull, LiveReservation
+from app.admission.quota import MINUTE_US, Claim, Demand, Settlement
 from tests.integration.admission.driving import LEASE_US, RULES, Clock, Replica
 from tests.integration.admission.fleet import PREFIX, Dump
 from tests.processes import Valkey
@@ -34,8 +39,23 @@ SLOTS = {"w1": 2, "w2": 1}
 ROUTES = (("w1",), ("w2", "w1"), ("w2",))
 NAMES = ("p", "q")
 ASKED = st.tuples(
-    st.sampled_from(ROUTES), st.integers(1, 4), st.sampled_from("ab"), st.sampled_from((2_000_000, 60_000_000))
+    st.sampled_from(ROUTES),
+    st.integers(1, 4),
+    st.sampled_from("ab"),
+    st.sampled_from((2_000_000, 60_000_000)),
+    st.sampled_from((None, 1, 20, 45)),
 )
+LIMIT, MOST, AT_ONCE, WINDOW_US = "tokens_per_day", 100, 4, 120 * MINUTE_US
+
+
+@dataclass(frozen=True)
+class Made:
+    """A reservation as its replica knows it."""
+
+    tenant: str
+    at_us: int
+    claims: tuple[Claim, ...]
+    heard: Heard = Heard.NOTHING
 
 
 @dataclass
@@ -45,12 +65,66 @@ class Known:
     replica: Replica
     waiting: dict[str, tuple[Place, int]] = field(default_factory=dict)
     held: dict[str, tuple[str, Place]] = field(default_factory=dict)
+    reserved: dict[str, Made] = field(default_factory=dict)
+    unheard: list[Settlement] = field(default_factory=list)
     is_unsure: bool = True
     renewed_us: int = 0
 
 
+class Truth:
+    """What is taken and live, counted beside the scripts by what they answered: {reservation: (tenant, amount)}.
+
+    Not exact any more when the ledger has forgotten: reservations are told to it anew, but not what was taken.
+    """
+
+    def __init__(self, *, is_exact: bool = True) -> None:
+        self.is_exact = is_exact
+        self.taken: Counter[str] = Counter()
+        self.live: dict[str, tuple[str, int]] = {}
+
+    def note(self, script: str, replica: str, told: Sequence[Any], body: Any, now_live: set[str]) -> None:
+        if script == "arrive":
+            for place, arrived in zip(told, body, strict=True):
+                self._arrived(place, arrived.kind)
+        elif script == "depart":
+            for settlement in told:
+                self._settled(settlement)
+        elif script == "sync":
+            self._synced(replica, told)
+        elif body.replicas:  # reaped with all that they had reserved
+            self.live = {name: made for name, made in self.live.items() if name in now_live}
+
+    def _arrived(self, place: Place, kind: Kind) -> None:
+        if place.demand is None:
+            return
+        (claim,) = place.demand.claims
+        has_room = self.taken[place.tenant] + claim.amount <= MOST
+        at_once = sum(tenant == place.tenant for tenant, _ in self.live.values())
+        if self.is_exact:
+            assert (kind is Kind.RATE_LIMITED) == (not has_room)
+            assert (kind is Kind.TOO_MANY) == (has_room and at_once >= AT_ONCE)
+        if kind <= Kind.WAITS:
+            self.taken[place.tenant] += claim.amount
+            self.live[place.demand.reservation] = (place.tenant, claim.amount)
+
+    def _settled(self, settlement: Settlement) -> None:
+        if settlement.reservation in self.live:
+            tenant, amount = self.live.pop(settlement.reservation)
+            self.taken[tenant] += settlement.amounts[0] - amount
+
+    def _synced(self, replica: str, told: Sequence[LiveReservation]) -> None:
+        named = {made.reservation for made in told}
+        gone = [name for name in self.live if name.startswith(replica + ".") and name not in named]
+        for name in gone:
+            del self.live[name]
+        for made in told:
+            if made.heard:
+                self.live.setdefault(made.reservation, (made.tenant, made.claims[0].amount))
+
+
 class LedgerMachine(RuleBasedStateMachine):
     url = ""
+    may_forget = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +138,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.born = 0
         self.sent: list[tuple[bytes, ...]] = []
         self.saved: dict[bytes, bytes] | None = None
+        self.truth = Truth()
+        self.saved_truth = Truth()
         self.worker_of: dict[str, str] = {}
         self.went_back_us = 0
         self.is_full = False
@@ -85,19 +161,24 @@ class LedgerMachine(RuleBasedStateMachine):
     # What replicas do
 
     @rule(name=st.sampled_from(NAMES), asked=st.lists(ASKED, min_size=1, max_size=4), loses_reply=st.booleans())
-    def arrive(self, name: str, asked: list[tuple[tuple[str, ...], int, str, int]], loses_reply: bool) -> None:
+    def arrive(
+        self, name: str, asked: list[tuple[tuple[str, ...], int, str, int, int | None]], loses_reply: bool
+    ) -> None:
         known = self._sure(name)
         places = []
-        for route, band, tenant, patience_us in asked:
-            place = Place(known.replica.new_id(), band, "+".join(route), route, tenant, 1.0, 10.0, patience_us, 0, 10)
+        for route, band, tenant, patience_us, amount in asked:
+            demand = None if amount is None else self._demand(known, tenant, amount)
+            line = "+".join(route)
+            place = Place(known.replica.new_id(), band, line, route, tenant, 1.0, 10.0, patience_us, 0, 10, demand)
             known.waiting[place.id] = (place, self.clock.now_us + patience_us)
             places.append(place)
-        outcome = self._call(known, ledger.arrive(places), loses_reply)
+        outcome = self._call(known, ledger.arrive(places), loses_reply, places)
         if isinstance(outcome, LedgerFull):
             for place in places:
                 del known.waiting[place.id]
         elif isinstance(outcome, Answer):
             for place, arrived in zip(places, outcome.body, strict=True):
+                self._note_reservation(known, place, arrived.kind)
                 if arrived.kind is Kind.GRANTED:
                     self._granted(known, [Grant(place.id, arrived.outcome)])
                 elif arrived.kind is not Kind.WAITS:
@@ -125,6 +206,23 @@ class LedgerMachine(RuleBasedStateMachine):
         self._call(known, ledger.depart(departures), loses_reply)
         if not known.is_unsure:
             assert place.id not in self._leases() | self._tickets()  # I14
+
+    @rule(
+        name=st.sampled_from(NAMES), at=st.integers(0, 99), used=st.sampled_from((0, 1, 30)), loses_reply=st.booleans()
+    )
+    def settle(self, name: str, at: int, used: int, loses_reply: bool) -> None:
+        known = self._sure(name)
+        if known.reserved:
+            reservation = sorted(known.reserved)[at % len(known.reserved)]
+            amounts = (used,) * len(known.reserved.pop(reservation).claims)
+            known.unheard.append(Settlement(reservation, amounts))
+            self._tell_settled(known, loses_reply)
+
+    @rule(name=st.sampled_from(NAMES), used=st.sampled_from((0, 50)))
+    def settle_what_is_not_reserved(self, name: str, used: int) -> None:
+        known = self._sure(name)
+        known.unheard.append(Settlement(known.replica.new_id(), (used,)))
+        self._tell_settled(known, False)
 
     @rule(name=st.sampled_from(NAMES))
     def release_what_is_not_held(self, name: str) -> None:
@@ -187,8 +285,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def save(self) -> None:
         with redis.Redis.from_url(self.url) as raw:
             self.saved = {name: raw.dump(name) for name in raw.keys(PREFIX + "*")}
+        self.saved_truth = deepcopy(self.truth)
 
-    @precondition(lambda self: self.saved is not None and not self.is_full)
+    @precondition(lambda self: self.may_forget and self.saved is not None and not self.is_full)
     @rule()
     def go_back(self) -> None:
         """A failover to an older state. What was granted since is held by nobody in it."""
@@ -197,12 +296,15 @@ class LedgerMachine(RuleBasedStateMachine):
             for name, value in (self.saved or {}).items():
                 raw.restore(name, 0, value)
         self.clock.move(0)
+        self.truth = deepcopy(self.saved_truth)
+        self.truth.is_exact = False
         self._is_lost()
 
-    @precondition(lambda self: not self.is_full)
+    @precondition(lambda self: self.may_forget and not self.is_full)
     @rule()
     def flush(self) -> None:
         self.client.flushdb()
+        self.truth = Truth(is_exact=False)
         self.clock.move(0)
         self._is_lost()
 
@@ -215,6 +317,17 @@ class LedgerMachine(RuleBasedStateMachine):
         self._check_indexes(state)
         self._check_depths(state)
         self._check_renewed(state)
+        self._check_quota(state)
+
+    def _check_quota(self, state: Dump) -> None:
+        """What is taken is what was reserved and not given back, once each; what is live is what is not settled."""
+        assert state.reserved == set(self.truth.live)
+        for tenant in "ab":
+            live = {name for name, (whose, _) in self.truth.live.items() if whose == tenant}
+            assert state.live.get(tenant, set()) == live
+            spent = state.spent.get(f"{LIMIT}:{tenant}", {})
+            assert spent.get("sum", 0) == sum(amount for name, amount in spent.items() if name.isdigit())
+            assert spent.get("sum", 0) == self.truth.taken[tenant] or not self.truth.is_exact
 
     def _check_places(self, state: Dump) -> None:
         """I1, I3: each is in one place, once. I5: no worker has more leases than slots."""
@@ -264,10 +377,36 @@ class LedgerMachine(RuleBasedStateMachine):
             self._sync(known)
         return known
 
+    def _demand(self, known: Known, tenant: str, amount: int) -> Demand:
+        demand = Demand(known.replica.new_id(), AT_ONCE, (Claim(LIMIT, MOST, WINDOW_US, amount),))
+        known.reserved[demand.reservation] = Made(tenant, self.clock.now_us, demand.claims)
+        return demand
+
+    def _note_reservation(self, known: Known, place: Place, kind: Kind) -> None:
+        if place.demand is not None:
+            made = known.reserved.pop(place.demand.reservation)
+            if kind <= Kind.WAITS:
+                known.reserved[place.demand.reservation] = replace(made, heard=Heard.TAKEN)
+
+    def _tell_settled(self, known: Known, loses_reply: bool) -> None:
+        """Settlements are told until they are heard."""
+        departures = Departures.none()
+        departures.settlements.extend(known.unheard)
+        outcome = self._call(known, ledger.depart(departures), loses_reply, departures.settlements)
+        if outcome is not None:
+            known.unheard.clear()
+
     def _sync(self, known: Known) -> None:
+        if known.unheard:
+            self._tell_settled(known, False)
+        reservations = [
+            LiveReservation(name, made.tenant, self.clock.now_us - made.at_us, made.claims, made.heard)
+            for name, made in known.reserved.items()
+        ]
         leases = [(lease_id, worker) for lease_id, (worker, _) in known.held.items()]
-        call = ledger.sync(leases, [*known.waiting], sorted(SLOTS.items()), secrets.token_hex(8))
-        outcome = self._call(known, call, False)
+        slots = sorted(SLOTS.items())
+        call = ledger.sync(leases, [*known.waiting], slots, secrets.token_hex(8), (), reservations)
+        outcome = self._call(known, call, False, reservations)
         assert isinstance(outcome, Answer)
         for lease_id in outcome.body.lost:
             del known.held[lease_id]
@@ -278,9 +417,11 @@ class LedgerMachine(RuleBasedStateMachine):
             known.waiting.pop(ticket, None)
         assert all(place.id not in self._tickets() for place in again)
 
-    def _call(self, known: Known, call: Call, loses_reply: bool) -> object:
+    def _call(self, known: Known, call: Call, loses_reply: bool, told: Sequence[Any] = ()) -> object:
         self._note_call(known, call)
         (outcome,) = self.runner.run(known.replica.ledger.exchange([call]))
+        if isinstance(outcome, Answer):
+            self.truth.note(call.script, known.replica.name, told, outcome.body, self._reservations())
         if loses_reply:
             known.is_unsure = True
             return None
@@ -324,6 +465,9 @@ class LedgerMachine(RuleBasedStateMachine):
         for worker, count in SLOTS.items():
             assert len(state.held.get(worker, ())) == count or worker not in state.lines_of
 
+    def _reservations(self) -> set[str]:
+        return Dump(self.client).reserved
+
     def _leases(self) -> set[str]:
         return {lease for ids in Dump(self.client).held.values() for lease in ids}
 
@@ -345,16 +489,12 @@ def _words(packed: bytes) -> tuple[bytes, ...]:
     return tuple(words)
 
 
-@pytest.fixture
-def machine(valkey: Valkey) -> type[LedgerMachine]:
-    return type("Machine", (LedgerMachine,), {"url": valkey.url})
-
-
-def test_the_invariants_hold_whatever_happens(machine: type[LedgerMachine]) -> None:
+@pytest.mark.parametrize("may_forget", [True, False], ids=["forgetful_server", "server"])
+def test_the_invariants_hold_whatever_happens(valkey: Valkey, may_forget: bool) -> None:
     run_state_machine_as_test(
-        machine,
+        type("Machine", (LedgerMachine,), {"url": valkey.url, "may_forget": may_forget}),
         settings=settings(
-            max_examples=40,
+            max_examples=30,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

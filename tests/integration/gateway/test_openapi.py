@@ -35,7 +35,7 @@ async def test_it_is_valid(gateway: GatewayProcess) -> None:
 
 async def test_every_route_is_described(gateway: GatewayProcess) -> None:
     described = await document(gateway)
-    operators = {"/healthz", "/readyz", "/metrics", "/admin/queue", "/admin/tenants"}
+    operators = {"/healthz", "/readyz", "/metrics", "/admin/queue", "/admin/limits", "/admin/tenants"}
     operators |= {"/admin/keys", "/admin/keys/{key_id}", "/admin/keys/{key_id}/rotate"}
     assert set(described["paths"]) == {*Route, *operators, "/v1/models", "/v1/models/{name}"}
     ids = [operation["operationId"] for path in described["paths"].values() for operation in path.values()]

@@ -51,8 +51,8 @@ async def test_slots_and_tickets_are_shown(house: House) -> None:
     house.narrow.resume()
     answers = await asyncio.gather(*asked)
     waits = sorted(float(answer.headers["x-sluice-queue-ms"]) for answer in answers)
-    assert waits[0] == 0
-    assert waits[1] > 0
+    assert waits[0] < 1
+    assert waits[1] > waits[0]
 
 
 async def order_of(worker: FakeWorker, count: int) -> list[str]:

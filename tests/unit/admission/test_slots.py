@@ -159,9 +159,10 @@ def test_whatever_it_reads_it_stays_within_its_bounds(readings: list[tuple[int, 
 
 def test_without_demand_nothing_changes() -> None:
     engine, slots = Engine(), AdaptiveSlots(256)
-    driven(slots, engine, SETTLED)
+    demand = settled(slots, engine) // 2
+    driven(slots, engine, WINDOW + 1, demand=demand)
     found = slots.limit
-    assert set(driven(slots, engine, 500, demand=found // 2)) == {found}
+    assert set(driven(slots, engine, 500, demand=demand)) == {found}
 
 
 def test_it_comes_back_from_a_limit_that_demand_does_not_reach() -> None:
