@@ -8,14 +8,17 @@
         ├── InvalidJson             400 invalid_json
         ├── InvalidValue            400 invalid_value
         ├── UnsupportedParameter    400 unsupported_parameter
+        ├── IdempotencyMismatch     400 idempotency_mismatch
         ├── ContextLengthExceeded   400 context_length_exceeded
         ├── WorkerRefused           4xx the worker's own answer to a bad request, in OpenAI's shape
         ├── InvalidApiKey           401 invalid_api_key
         ├── PermissionDenied        403 permission_denied
         ├── ModelNotFound           404 model_not_found
         ├── RouteNotFound           404 not_found
+        ├── ObjectNotFound          404 object_not_found
         ├── MethodNotAllowed        405 method_not_allowed
         ├── RequestTimeout          408 request_timeout
+        ├── Conflict                409 conflict
         ├── RequestTooLarge         413 request_too_large
         ├── UriTooLong              414 uri_too_long
         ├── UnsupportedMediaType    415 unsupported_media_type
@@ -33,6 +36,7 @@
         ├── NoHealthyWorker         503 no_healthy_worker
         ├── Draining                503 draining
         ├── DependencyUnavailable   503 dependency_unavailable
+        ├── StorageUnavailable      503 storage_unavailable
         ├── UpstreamTimeout         504 upstream_timeout
         └── UpstreamStalled         504 upstream_stalled
 
@@ -143,6 +147,12 @@ class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
 
 
+class IdempotencyMismatch(InvalidRequest):
+    """The same Idempotency-Key came with another request before."""
+
+    code = "idempotency_mismatch"
+
+
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
@@ -182,6 +192,21 @@ class ModelNotFound(InvalidRequest):
 class RouteNotFound(InvalidRequest):
     status = 404
     code = "not_found"
+
+
+class ObjectNotFound(InvalidRequest):
+    """No such file or batch, or it is another tenant's: nobody can tell these apart."""
+
+    status = 404
+    code = "object_not_found"
+
+
+class Conflict(InvalidRequest):
+    """What is asked for does not fit the state of the object."""
+
+    status = 409
+    code = "conflict"
+    should_retry = False
 
 
 class MethodNotAllowed(InvalidRequest):
@@ -302,9 +327,26 @@ class Draining(Unavailable):
 
 
 class DependencyUnavailable(Unavailable):
-    """Redis is out of reach, and the configuration says to serve nothing without it."""
+    """Redis is out of reach, and the request cannot do without, or the configuration says that none can."""
 
     code = "dependency_unavailable"
+
+
+class StorageUnavailable(Unavailable):
+    """The storage of files and batches is full or out of reach: nothing is half written. `reason` is for the log."""
+
+    code = "storage_unavailable"
+
+    def __init__(
+        self,
+        message: str = "The storage of files cannot take or give anything now.",
+        *,
+        param: str | None = None,
+        retry_after_s: float = 10,
+        reason: str = "",
+    ) -> None:
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
+        self.reason = reason
 
 
 class UpstreamTimeout(GatewayError):

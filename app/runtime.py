@@ -12,9 +12,18 @@ from app.admission.controller import RedisAdmission
 from app.admission.local import LocalAdmission
 from app.admission.roster import QueuedAdmission
 from app.admission.slots import AdaptiveSlots
+from app.batches.batches import Batches
+from app.batches.claims import Claims, LocalClaims, RedisClaims
+from app.batches.files import Files
+from app.batches.journal import Journal
+from app.batches.line_runs import LineRuns
+from app.batches.meter import Meter
+from app.batches.runner import Runner, Shelf
+from app.batches.storage import open_storage
 from app.catalogue import Catalogue
 from app.credentials import server_secret
 from app.drain import Drain
+from app.errors import ModelNotFound
 from app.gateway import Gateway
 from app.relay.relay import Relay
 from app.routing.router import Router
@@ -57,6 +66,7 @@ class Runtime:
     log: Log
     audit: Log
     started: float
+    batches: Batches | None
 
 
 @asynccontextmanager
@@ -89,6 +99,8 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     registrar = Registrar(RedisKeys(settings.redis), pepper, time.time) if settings.redis else None
     if not settings.is_guarded:
         _say_open(settings, metrics, log)
+    meter = Meter(catalogue, registry, admission, accounts.ttfts, clock)
+    batches = _batches(settings, gateway, meter, catalogue, tenants, drain, metrics, log)
     runtime = Runtime(
         settings,
         catalogue,
@@ -105,9 +117,10 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         log,
         audit=open_audit(settings.logs),
         started=time.time(),
+        batches=batches,
     )
     try:
-        async with directory.running(), admission.running(), monitor.running(), gauges.refreshed():
+        async with directory.running(), admission.running(), monitor.running(), gauges.refreshed(), _running(batches):
             yield runtime
     finally:
         if registrar is not None:
@@ -169,6 +182,59 @@ def _admission(settings: Settings, metrics: Metrics, log: Log) -> QueuedAdmissio
         return LocalAdmission(settings.admission, metrics, time.monotonic)
     processes = settings.admission.replicas * settings.listen.processes
     return RedisAdmission(settings.admission, settings.redis, processes, metrics, log, time.monotonic)
+
+
+def _batches(
+    settings: Settings,
+    gateway: Gateway,
+    meter: Meter,
+    catalogue: Catalogue,
+    tenants: Tenants,
+    drain: Drain,
+    metrics: Metrics,
+    log: Log,
+) -> Batches | None:
+    """None where nothing is configured to keep them in."""
+    limits = settings.batches
+    storage = open_storage(limits, is_alone=settings.redis is None)
+    if storage is None:
+        return None
+    files, journal = Files(storage, time.time), Journal(storage, time.time)
+    claims: Claims = LocalClaims()
+    if settings.redis is not None:
+        claims = RedisClaims(settings.redis, limits.lease_s, time.monotonic)
+    runs = LineRuns(
+        gateway, journal, meter.look, tenants.get, limits, settings.parameters, metrics, log, time.monotonic
+    )
+
+    def knows(tenant: str, model: str) -> bool:
+        try:
+            variants = catalogue.resolve(model)
+        except ModelNotFound:
+            return False
+        return any(tenants.get(tenant).may_use(variant.model, variant.name) for variant in variants)
+
+    runner = Runner(
+        Shelf(files, journal, claims),
+        runs,
+        knows,
+        lambda: drain.is_quiet,
+        limits,
+        metrics,
+        log,
+        time.monotonic,
+        time.time,
+    )
+    return Batches(files, journal, claims, runner, limits, time.time)
+
+
+@asynccontextmanager
+async def _running(batches: Batches | None) -> AsyncIterator[None]:
+    if batches is None:
+        yield
+        return
+    async with batches.running():
+        yield
 
 
 class Gauges:

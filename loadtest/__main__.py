@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import subprocess
+import tempfile
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,12 @@ from typing import TypeVar
 import click
 import uvloop
 
+from loadtest.batch_truth import TruthPlan
+from loadtest.batch_truth import figures as truth_figures
+from loadtest.batch_truth import measure as measure_truth
+from loadtest.batch_yields import YieldPlan
+from loadtest.batch_yields import figures as yield_figures
+from loadtest.batch_yields import measure as measure_yield
 from loadtest.bench import Cores, Findings, Plan, bench
 from loadtest.conversations import Workload
 from loadtest.cpu import split_cores, usable_cores
@@ -121,6 +128,39 @@ def order_command(requests: int, seeds: int, output: Path | None) -> None:
     results = measure_order(plan, tuple(MIXES), seeds=seeds)
     print("\n" + order_figures(results))
     _write(output or RESULTS, order_section(results, plan, seeds))
+
+
+@main.command("batch-truth")
+@click.option("--lines", type=click.IntRange(1, 200_000), default=TruthPlan.lines, show_default=True)
+@click.option("--seed", type=int, default=TruthPlan.seed, show_default=True, help="What is hit, when, and how.")
+@click.option("--every", nargs=2, type=float, default=(5.0, 10.0), show_default=True, help="Seconds between hits.")
+def batch_truth_command(lines: int, seed: int, every: tuple[float, float]) -> None:
+    """A batch while workers, gateways and Valkey are killed and paused: one record for each line, or exit code 1."""
+    plan = TruthPlan(lines=lines, seed=seed, every_s=every)
+    with tempfile.TemporaryDirectory(prefix="sluice-batch-truth-") as place:
+        try:
+            truth = asyncio.run(_cancelled_by_sigterm(measure_truth(plan, Path(place))))
+        except asyncio.CancelledError:
+            raise click.Abort from None
+    print(truth_figures(truth, plan))
+    if faults := truth.faults(plan):
+        raise click.ClickException("; ".join(faults))
+
+
+@main.command("batch-yields")
+@click.option("--pairs", type=click.IntRange(1, 20), default=YieldPlan.pairs, show_default=True)
+@click.option("--seconds", type=click.FloatRange(3, 300), default=YieldPlan.window_s, show_default=True)
+@click.option("--rate", type=click.FloatRange(1, 500), default=YieldPlan.rate, show_default=True, help="Interactive.")
+@click.option("--slots", type=click.IntRange(1, 1024), default=YieldPlan.slots, show_default=True)
+def batch_yields_command(pairs: int, seconds: float, rate: float, slots: int) -> None:
+    """Interactive TTFT without and with a batch that takes all it can get, and what that is."""
+    plan = YieldPlan(pairs=pairs, window_s=seconds, rate=rate, slots=slots)
+    with tempfile.TemporaryDirectory(prefix="sluice-batch-yields-") as place:
+        try:
+            found = asyncio.run(_cancelled_by_sigterm(measure_yield(plan, Path(place))))
+        except asyncio.CancelledError:
+            raise click.Abort from None
+    print(yield_figures(found))
 
 
 def _write(file: Path, section: str) -> None:

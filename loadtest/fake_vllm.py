@@ -9,6 +9,7 @@ out of band because some relays drop request fields they do not know.
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,9 @@ _METRICS = (
 
 
 class ChatBody(msgspec.Struct):
-    """The fields that shape an answer; all others are ignored."""
+    """The fields that shape an answer; all others are ignored. `user` is what the record says of it."""
+
+    user: str = ""
 
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -78,6 +81,8 @@ class Worker:
     running: int = 0
     served: int = 0
     aborted: int = 0
+    record: int | None = None
+    """A file that gets a line for each answer that was written whole: it outlives this process, however that ends."""
 
     def __post_init__(self) -> None:
         self.chunk = CHUNK % self.model.encode()
@@ -161,6 +166,8 @@ class Answer:
 
     def _finish(self) -> None:
         self._worker.served += 1
+        if self._worker.record is not None:
+            os.write(self._worker.record, self._body.user.encode() + b"\n")
         self._close()
 
 
@@ -217,11 +224,13 @@ class Connection(ServerConnection):
         }
 
 
-async def serve(host: str, port: int, model: str, pace: Pace) -> None:
+async def serve(host: str, port: int, model: str, pace: Pace, record: int | None = None) -> None:
     """Serve until cancelled."""
     loop = asyncio.get_running_loop()
     with Pacer(loop) as pacer:
-        server = await loop.create_server(partial(Connection, Worker(model, pacer, pace)), host, port, backlog=4096)
+        server = await loop.create_server(
+            partial(Connection, Worker(model, pacer, pace, record=record)), host, port, backlog=4096
+        )
         async with server:
             await server.serve_forever()
 
@@ -232,8 +241,10 @@ async def serve(host: str, port: int, model: str, pace: Pace) -> None:
 @click.option("--model", default="m", show_default=True, help="The served model's name.")
 @click.option("--ttft-ms", type=float, default=0.0, help="To the first token.")
 @click.option("--itl-ms", type=float, default=0.0, help="Between tokens.")
-def main(host: str, port: int, model: str, ttft_ms: float, itl_ms: float) -> None:
-    uvloop.run(serve(host, port, model, Pace(ttft_ms, itl_ms)))
+@click.option("--record", type=click.Path(dir_okay=False), help="Append the `user` of each finished request here.")
+def main(host: str, port: int, model: str, ttft_ms: float, itl_ms: float, record: str | None) -> None:
+    opened = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if record else None
+    uvloop.run(serve(host, port, model, Pace(ttft_ms, itl_ms), opened))
 
 
 if __name__ == "__main__":

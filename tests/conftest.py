@@ -21,6 +21,7 @@ settings.load_profile("steady")
 SLOW = (
     "tests/e2e/",
     "tests/integration/faults/",
+    "tests/integration/batches/test_faults.py",
     "tests/integration/admission/test_equivalence.py",
     "tests/integration/admission/test_invariants.py",
     "tests/hostile/test_openapi_fuzz.py",

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from app.api import admin, health, keys, models
+from app.api import admin, batches, files, health, keys, models
 from app.api.access import Access, Guard, Rules
 from app.api.inference import InferenceRoutes
 from app.api.middleware import Dispatch, Errors, RequestIds
@@ -25,6 +25,8 @@ GC_THRESHOLD = 20_000
 
 DECLARED: tuple[tuple[Access, APIRouter], ...] = (
     (Access.TENANT, models.routes),
+    (Access.TENANT, files.routes),
+    (Access.TENANT, batches.routes),
     (Access.PROBE, health.probes),
     (Access.ADMIN, health.routes),
     (Access.ADMIN, admin.routes),

@@ -22,15 +22,22 @@ class ServedWorker:
 
 
 def gateway_config(
-    user: Mapping[str, Any], workers: Sequence[ServedWorker], redis_url: str | None, key_file: Path | None = None
+    user: Mapping[str, Any],
+    workers: Sequence[ServedWorker],
+    redis_url: str | None,
+    key_file: Path | None = None,
+    batches: Path | None = None,
 ) -> dict[str, Any]:
-    """The user's values, with our models before the user's, and our Valkey and our keys where there are any.
+    """The user's values, with our models before the user's, our Valkey and our keys where there are any, and a place
+    for batches where the user names none.
 
     No load balancer stands in front of `sluice up` that would have to notice its end.
     """
     redis = {"redis": {"url": redis_url}} if redis_url else {}
     auth = {"auth": {**(user.get("auth") or {}), "key_files": [str(key_file)]}} if key_file else {}
-    return {"drain_notice_s": 0, **user, **redis, **auth, "models": [*_models(workers), *(user.get("models") or [])]}
+    kept = {"batches": {"directory": str(batches), **(user.get("batches") or {})}} if batches else {}
+    models = [*_models(workers), *(user.get("models") or [])]
+    return {"drain_notice_s": 0, **user, **redis, **auth, **kept, "models": models}
 
 
 def _models(workers: Sequence[ServedWorker]) -> list[dict[str, Any]]:

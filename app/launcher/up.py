@@ -200,8 +200,7 @@ def _write_config(
 ) -> Path:
     """`gateway.yaml` in the run directory, checked the way the gateway will check it. Raises ConfigurationError."""
     path = options.run_directory / "gateway.yaml"
-    path.write_text(
-        yaml.safe_dump(gateway_config(user, workers, redis_url, key_file), sort_keys=False), encoding="utf-8"
-    )
+    config = gateway_config(user, workers, redis_url, key_file, options.run_directory / "batches")
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     load_settings(path)
     return path

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from app.errors import Draining, GatewayError, InvalidRequest, QueueTimeout, Unavailable
-from app.inference import InferenceRequest, Outcome, Spent, TokenUsage
+from app.inference import Band, InferenceRequest, Outcome, Spent, TokenUsage
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics, Series
 
@@ -20,6 +20,8 @@ GAPS_AT_ONCE = 64
 NOTHING_USED = TokenUsage()
 CLIENT_GONE = "client_gone"
 CLIENT_STALLED = "client_stalled"
+TTFT_WEIGHT = 0.2
+TTFT_KEPT_S = 10.0
 
 
 @dataclass(slots=True)
@@ -59,6 +61,22 @@ class Timeline:
         return (ended - self.first_token) / (completion_tokens - 1)
 
 
+class Ttfts:
+    """The recent TTFT of interactive streams, by model: a mean in which each new one counts a fifth. Seconds."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, tuple[float, float]] = {}
+
+    def note(self, model: str, ttft_s: float, now: float) -> None:
+        mean = self.recent(model, now)
+        self._means[model] = (now, ttft_s if mean is None else mean + TTFT_WEIGHT * (ttft_s - mean))
+
+    def recent(self, model: str, now: float) -> float | None:
+        """None if there was none for a while."""
+        noted, mean = self._means.get(model, (float("-inf"), 0.0))
+        return mean if now - noted <= TTFT_KEPT_S else None
+
+
 class Account:
     """Counts a request in flight until it is closed; observes everything about it, once, then.
 
@@ -66,10 +84,24 @@ class Account:
     broke after its first byte, where no exception can reach the client any more.
     """
 
-    __slots__ = ("_broken", "_clock", "_log", "_metrics", "_request", "_series", "timeline", "usage", "variant")
+    __slots__ = (
+        "_broken",
+        "_clock",
+        "_log",
+        "_metrics",
+        "_request",
+        "_series",
+        "_ttfts",
+        "timeline",
+        "usage",
+        "variant",
+    )
 
-    def __init__(self, request: InferenceRequest, metrics: Metrics, log: RequestsLog, clock: Clock) -> None:
+    def __init__(
+        self, request: InferenceRequest, metrics: Metrics, log: RequestsLog, clock: Clock, ttfts: Ttfts
+    ) -> None:
         self._request = request
+        self._ttfts = ttfts
         self._metrics = metrics
         self._log = log
         self._clock = clock
@@ -106,6 +138,8 @@ class Account:
     def token(self, now: float) -> None:
         """A token chunk came. Gaps are observed in bulk: counting each where it falls costs as much as relaying it."""
         line = self.timeline
+        if line.first_token is None and self._request.band is not Band.BATCH:
+            self._ttfts.note(self._request.resolved_model, now - line.arrived, now)
         line.token(now)
         if len(line.gaps) >= GAPS_AT_ONCE:
             self._observe_gaps()
@@ -247,6 +281,7 @@ class Accounts:
         self._metrics = metrics
         self._log = requests_log
         self._clock = clock
+        self.ttfts = Ttfts()
 
     def open(self, request: InferenceRequest) -> Account:
-        return Account(request, self._metrics, self._log, self._clock)
+        return Account(request, self._metrics, self._log, self._clock, self.ttfts)

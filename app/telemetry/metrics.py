@@ -79,6 +79,7 @@ DURATION_BUCKETS = (
     1920,
     3840,
 )
+BATCH_BUCKETS = (1, 10, 60, 300, 900, 1800, 3600, 7200, 14400, 28800, 57600, 86400, 172800)
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -181,6 +182,18 @@ class Metrics:
         )
         self._shown_tenants = frozenset(tenants[:MOST_TENANTS])
         self._tenant_ends: dict[tuple[str, Outcome], tuple[Counter, Counter, Counter]] = {}
+        self.batch_lines = gauge("sluice_batch_lines", "Lines of unfinished batches.", "state", across="livemax")
+        self.batch_lines_in_flight = gauge(
+            "sluice_batch_lines_in_flight", "Lines that wait for a slot or are answered."
+        )
+        self.batch_lines_ended = counter("sluice_batch_lines_ended_total", "Lines whose record is stored.", "outcome")
+        self.batch_duration = Histogram(
+            "sluice_batch_duration_seconds",
+            "Creation of a batch to its end.",
+            ("status",),
+            buckets=BATCH_BUCKETS,
+            registry=registry,
+        )
         self._series: dict[tuple[str, str, Band], Series] = {}
         self._ends: dict[tuple[str, str, Band, Outcome, str], tuple[Counter, Histogram]] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -68,7 +69,8 @@ async def served(worker: RealWorker, tmp_path_factory: pytest.TempPathFactory) -
         "workers": [{"url": worker.url, "max_concurrency": SLOTS}],
     }
     models = [{"name": MODEL, "variants": [variant]}]
-    async with GatewayProcess(tmp_path_factory.mktemp("real"), models) as gateway:
+    batches = {"directory": str(tmp_path_factory.mktemp("kept"))}
+    async with GatewayProcess(tmp_path_factory.mktemp("real"), models, batches=batches) as gateway:
         await gateway.ready(worker, timeout_s=120)
         yield Served(gateway, MODEL, f"{MODEL}:{VARIANT}", worker.url)
 
@@ -86,6 +88,31 @@ class TestWithRealVllm(Conversations):
 async def test_the_quantized_model_knows_its_capital(client: AsyncOpenAI, served: Served) -> None:
     answer = await client.chat.completions.create(model=served.model, messages=QUESTION, max_tokens=16, temperature=0)
     assert "Paris" in (answer.choices[0].message.content or "")
+
+
+async def test_a_batch_of_twenty_lines(client: AsyncOpenAI, served: Served) -> None:
+    body = {"model": served.model, "messages": QUESTION, "max_tokens": 8, "temperature": 0}
+    lines = [{"custom_id": f"q{i}", "method": "POST", "url": CHAT, "body": body} for i in range(20)]
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    file = await client.files.create(file=("questions.jsonl", data), purpose="batch")
+    batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+
+    async def has_ended() -> bool:
+        nonlocal batch
+        batch = await client.batches.retrieve(batch.id)
+        return batch.status not in ("validating", "in_progress", "finalizing")
+
+    await until(has_ended, "the end of the batch", timeout_s=120)
+    assert batch.status == "completed"
+    assert batch.error_file_id is None
+    assert batch.output_file_id is not None
+    text = (await client.files.content(batch.output_file_id)).text
+    records = [json.loads(record) for record in text.splitlines()]
+    assert [record["custom_id"] for record in records] == [line["custom_id"] for line in lines]
+    answers = [record["response"]["body"] for record in records]
+    assert all("Paris" in answer["choices"][0]["message"]["content"] for answer in answers)
+    assert batch.usage is not None
+    assert batch.usage.output_tokens == sum(answer["usage"]["completion_tokens"] for answer in answers)
 
 
 async def test_the_list_tells_what_the_manifest_says(client: AsyncOpenAI, served: Served) -> None:

@@ -21,7 +21,7 @@ W8A8 = ServedWorker("m", "w8a8", "http://127.0.0.1:2", "m:w8a8", 4, "w8a8", Path
 
 def test_workers_become_models_that_the_settings_accept() -> None:
     other = ServedWorker("m", "dense", "http://127.0.0.1:3", "anything")
-    config = gateway_config({}, [DENSE, W8A8, other], "unix:///tmp/v.sock?db=0")
+    config = gateway_config({}, [DENSE, W8A8, other], "unix:///tmp/v.sock?db=0", batches=Path("/kept"))
     assert config["redis"] == {"url": "unix:///tmp/v.sock?db=0"}
     settings = Settings(**config)
     (model,) = settings.models
@@ -32,8 +32,9 @@ def test_workers_become_models_that_the_settings_accept() -> None:
 
 
 def test_the_users_values_are_kept_and_the_users_models_follow_ours() -> None:
-    user = {"drain_timeout_s": 1, "models": [{"name": "theirs"}]}
-    config = gateway_config(user, [DENSE], None)
+    user = {"drain_timeout_s": 1, "batches": {"lines": 7}, "models": [{"name": "theirs"}]}
+    config = gateway_config(user, [DENSE], None, batches=Path("/kept"))
+    assert config["batches"] == {"directory": "/kept", "lines": 7}
     assert config["drain_timeout_s"] == 1
     assert [model["name"] for model in config["models"]] == ["m", "theirs"]
     assert "redis" not in config
