@@ -194,8 +194,7 @@ OTHER: Rules = {
 }
 
 
-# What `structured` and the check of tools look at.
-_SHAPING = frozenset({"tools", "tool_choice", "response_format", "text", "structured_outputs"})
+_SHAPING = structured.FIELDS | {"tool_choice"}
 
 
 def check(values: Mapping[str, Any], rules: Rules, limits: Parameters) -> None:

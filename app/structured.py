@@ -50,6 +50,9 @@ _PLAIN = frozenset({
 # fmt: on
 KEYWORDS = _NAMED | _LISTED | _SINGLE | _COUNTS | _PLAIN
 
+_HOLDERS = ("text", "output_config")
+FIELDS = frozenset({"response_format", "structured_outputs", "tools", *_HOLDERS})
+"""The fields of a request that `check_requested` looks at."""
 _OUTPUT_FIELDS = frozenset({"json", "choice", "json_object", "disable_any_whitespace", "disable_additional_properties"})
 _REPEATED = re.compile(r"[*+]|\{\d*,?\d*\}")
 _WIDE_RANGE = re.compile(r"\{\d*,?(\d{5,})\}|\{(\d{5,}),?\d*\}")
@@ -58,7 +61,7 @@ _WIDE_RANGE = re.compile(r"\{\d*,?(\d{5,})\}|\{(\d{5,}),?\d*\}")
 def check_requested(values: Mapping[str, Any], limits: Structured) -> None:
     """Refuse what a request asks of the structure of its answer. Raises InvalidValue or UnsupportedParameter."""
     _check_format(values.get("response_format"), "response_format", limits)
-    for name in ("text", "output_config"):
+    for name in _HOLDERS:
         holder = values.get(name)
         if type(holder) is dict:
             _check_format(holder.get("format"), f"{name}.format", limits)

@@ -261,6 +261,13 @@ async def test_error_event(client: httpx.AsyncClient) -> None:
     assert done.data == DONE
 
 
+async def test_late_event_after_error(client: httpx.AsyncClient) -> None:
+    answer = await client.post(CHAT, json=ask(stream=True, x_fault="error_event:3+late_event_after_error"))
+    *_, last, failure, late, done = events(answer.content)
+    assert failure.json["error"]["code"] == 500
+    assert (late.data, done.data) == (last.data, DONE)
+
+
 async def test_late_event_after_done(client: httpx.AsyncClient) -> None:
     answer = await client.post(CHAT, json=ask(stream=True, x_fault="late_event_after_done"))
     *_, last, done, late = events(answer.content)

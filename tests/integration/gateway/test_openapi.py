@@ -37,7 +37,9 @@ async def test_every_route_is_described(gateway: GatewayProcess) -> None:
     described = await document(gateway)
     operators = {"/healthz", "/readyz", "/metrics", "/admin/queue", "/admin/limits", "/admin/tenants"}
     operators |= {"/admin/keys", "/admin/keys/{key_id}", "/admin/keys/{key_id}/rotate"}
-    assert set(described["paths"]) == {*Route, *operators, "/v1/models", "/v1/models/{name}"}
+    files = {"/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content"}
+    batches = {"/v1/batches", "/v1/batches/{batch_id}", "/v1/batches/{batch_id}/cancel"}
+    assert set(described["paths"]) == {*Route, *operators, *files, *batches, "/v1/models", "/v1/models/{name}"}
     ids = [operation["operationId"] for path in described["paths"].values() for operation in path.values()]
     assert len(ids) == len(set(ids))
 

@@ -91,7 +91,14 @@ NOBODY, TENANT, OPERATOR = Known(None), Known(Caller(ANONYMOUS, False)), Known(C
 @pytest.mark.parametrize("port", [PUBLIC, ADMIN])
 @pytest.mark.parametrize("admin_port", [None, ADMIN])
 def test_the_guard(path: str, caller: Known, port: int, admin_port: int | None) -> None:
-    scope: dict[str, Any] = {"method": "GET", "path": path, "headers": [], "client": None, "server": ("h", port)}
+    scope: dict[str, Any] = {
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "headers": [],
+        "client": None,
+        "server": ("h", port),
+    }
     access = RULES.of(path)
     expected: type[Exception] | None = None
     if access is not Access.PROBE:
