@@ -229,6 +229,20 @@ QUEUE: dict[str, Sequence[Graph | Figure]] = {
             "Requests, by band", "reqps", [Line("sum by (band) (rate(sluice_requests_total" + RATE + "))", "{{band}}")]
         ),
     ],
+    "Tenants": [
+        Graph(
+            "Tokens a second, by tenant",
+            "short",
+            [Line(f"sum by (tenant) (rate(sluice_tenant_tokens_total{RATE}))", "{{tenant}}")],
+            "Under pressure these are in proportion to the tenants' weights.",
+            is_stacked=True,
+        ),
+        Graph(
+            "Requests, by tenant and end",
+            "reqps",
+            [Line(f"sum by (tenant, outcome) (rate(sluice_tenant_requests_total{RATE}))", "{{tenant}} {{outcome}}")],
+        ),
+    ],
     "Who is refused, and why": [
         Graph(
             "Refused by a limit",
@@ -333,10 +347,42 @@ WORKERS: dict[str, Sequence[Graph | Figure]] = {
     ],
 }
 
+BATCHES: dict[str, Sequence[Graph | Figure]] = {
+    "Lines": [
+        Graph(
+            "Lines of unfinished batches",
+            "short",
+            [Line("max by (state) (sluice_batch_lines)", "{{state}}")],
+            is_stacked=True,
+        ),
+        Graph(
+            "Lines in flight",
+            "short",
+            [
+                Line("sum(sluice_batch_lines_in_flight)", "lines"),
+                Line("sum(sluice_slots_capacity) - sum(sluice_slots_held)", "slots that stand free"),
+            ],
+            "Lines take what stands free, and give way to interactive requests.",
+        ),
+        Graph(
+            "Lines a second",
+            "short",
+            [Line(f"sum by (outcome) (rate(sluice_batch_lines_ended_total{RATE}))", "{{outcome}}")],
+            is_stacked=True,
+        ),
+        Graph(
+            "What interactive streams notice: TTFT p95",
+            "s",
+            [Line(quantile(0.95, "sluice_time_to_first_token_seconds", "band"), "{{band}}")],
+        ),
+    ],
+}
+
 DASHBOARDS = {
     "service": ("Service", SERVICE),
     "queue": ("Queue and fairness", QUEUE),
     "workers": ("Workers and variants", WORKERS),
+    "batches": ("Batches", BATCHES),
 }
 
 

@@ -102,7 +102,8 @@ async def scraper(binaries: Binaries, tmp_path_factory: pytest.TempPathFactory) 
     async with AsyncExitStack() as opened:
         worker = await opened.enter_async_context(FakeWorker("m"))
         valkey = opened.enter_context(Valkey(directory))
-        gateway = GatewayProcess(directory, [model("m", worker)], redis={"url": valkey.url})
+        kept = {"directory": str(directory / "batches")}
+        gateway = GatewayProcess(directory, [model("m", worker)], redis={"url": valkey.url}, batches=kept)
         await opened.enter_async_context(gateway)
         await gateway.ready(worker)
         targets = {"sluice": f"127.0.0.1:{gateway.port}", "vllm": f"127.0.0.1:{worker.port}"}
@@ -114,15 +115,28 @@ async def scraper(binaries: Binaries, tmp_path_factory: pytest.TempPathFactory) 
         opened.callback(working.cancel)
 
         async def has_seen_enough() -> bool:
-            return bool(await scraper.query('sum(rate(sluice_requests_total{outcome="failed"}[30s])) > 0')) and bool(
-                await scraper.query("sluice:time_to_first_token_missed:ratio_rate_5m")
+            wanted = (
+                'sum(rate(sluice_requests_total{outcome="failed"}[30s])) > 0',
+                "sluice:time_to_first_token_missed:ratio_rate_5m",
+                "sluice:requests_failed:ratio_rate_5m",
+                "sluice_batch_lines_ended_total > 0",
             )
+            return all([await scraper.query(query) for query in wanted])
 
         await until(has_seen_enough, "Prometheus has seen the gateway at work", 60)
         yield scraper
 
 
+async def _begin_batch(client: httpx.AsyncClient) -> None:
+    line = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": chat("a b")}).encode()
+    purpose = {"purpose": "batch"}
+    file = await client.post("/v1/files", data=purpose, files={"file": ("a.jsonl", line)})
+    wanted = {"input_file_id": file.json()["id"], "endpoint": CHAT, "completion_window": "24h"}
+    (await client.post("/v1/batches", json=wanted)).raise_for_status()
+
+
 async def _work(client: httpx.AsyncClient) -> None:
+    await _begin_batch(client)
     bodies = [
         chat("a b c d"),
         chat("a b c d", stream=True),
