@@ -222,7 +222,8 @@ def _client(address: WorkerAddress, timeout_s: float) -> httpx.AsyncClient:
 
 def _hung_up(worker: Worker, error: Exception) -> str | None:
     """In TLS 1.3 a server judges its client after the handshake, and many say nothing when they hang up."""
-    if worker.address.tls is None or worker.condition.serves or not isinstance(error, httpx.RemoteProtocolError):
+    hung_up = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError)  # by how soon it did
+    if worker.address.tls is None or worker.condition.serves or not hung_up:
         return None
     return "TLS: hung up after the handshake; it may want another client certificate"
 
