@@ -15,7 +15,7 @@ from app.api.protocol import connection_of
 from app.api.queue_events import serve_announced
 from app.api.response import response_of
 from app.api.responses import end_stream, send_reply
-from app.errors import Draining, InvalidRequest, InvalidValue
+from app.errors import GatewayError, InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
 from app.runtime import Runtime
 from app.settings import Settings
@@ -83,7 +83,7 @@ class InferenceRoutes:
                     return
                 with await runtime.gateway.serve(request) as reply:
                     await send_reply(reply, response, client)
-        except Draining as error:
+        except GatewayError as error:
             end_stream(error, request.route, response, client)
             raise
 

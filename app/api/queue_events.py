@@ -21,8 +21,8 @@ from typing import Self
 
 from app.api.protocol import ClientConnection
 from app.api.response import Response
-from app.api.responses import STREAM_HEADERS, end_stream, send_reply
-from app.errors import GatewayError, UpstreamBadResponse
+from app.api.responses import STREAM_HEADERS, send_reply
+from app.errors import UpstreamBadResponse
 from app.gateway import Gateway, Reply
 from app.inference import InferenceRequest
 
@@ -79,19 +79,15 @@ class QueueEvents:
 async def serve_announced(
     gateway: Gateway, request: InferenceRequest, response: Response, client: ClientConnection
 ) -> None:
-    """Serve a streaming request whose client wants to hear of its wait. Raises GatewayError."""
+    """Serve a streaming request whose client wants to hear of its wait. Raises GatewayError, also after the head."""
     events = QueueEvents(request, response, client)
-    try:
-        with events:
-            reply = await gateway.serve(request)
-        with reply:
-            if events.has_begun:
-                await _go_on(reply, response, client)
-            else:
-                await send_reply(reply, response, client)
-    except GatewayError as error:
-        end_stream(error, request.route, response, client)
-        raise
+    with events:
+        reply = await gateway.serve(request)
+    with reply:
+        if events.has_begun:
+            await _go_on(reply, response, client)
+        else:
+            await send_reply(reply, response, client)
 
 
 async def _go_on(reply: Reply, response: Response, client: ClientConnection) -> None:

@@ -133,6 +133,23 @@ async def test_who_waits_for_too_long_is_turned_away(tmp_path: Path) -> None:
         assert await ended(gateway) == 0
 
 
+async def test_who_is_told_of_its_wait_is_told_once_that_it_is_over(tmp_path: Path) -> None:
+    """The head of its answer has been sent: what would have been a status is one error event."""
+    async with running(tmp_path, drain_queue_s=0.5) as (gateway, worker):
+        worker.hold()
+        async with connected(gateway.url) as first, connected(gateway.url) as second:
+            await first.post(CHAT, chat("a b c"))
+            await worker.wait_for(running=1)
+            headers = {"content-type": "application/json", "x-sluice-queue-events": "1"}
+            await second.post(CHAT, chat("a b c", stream=True), headers)
+            await second.until(b"position=1 of=1")
+            gateway.process.terminate()
+            assert (await second.rest()).count(b'"draining"') == 1
+            worker.resume()
+            assert (await first.answer())[0] == 200
+        assert await ended(gateway) == 0
+
+
 async def test_a_stream_that_outlasts_the_drain_limit_is_broken_honestly(tmp_path: Path) -> None:
     async with running(tmp_path, drain_timeout_s=1) as (gateway, worker), connected(gateway.url) as wire:
         await wire.post(CHAT, chat("a b c", stream=True, x_fault="hang_after:2"))
