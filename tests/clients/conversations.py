@@ -17,7 +17,9 @@ from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolPara
 
 from tests.integration.gateway.running import GatewayProcess, Scrape, until
 
-WITHIN_S = 1.0
+# Far less than what a test asks a worker to generate, far more than a busy machine stalls.
+WITHIN_S = 8.0
+PATIENCE_S = 60.0
 QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER: ChatCompletionToolParam = {
     "type": "function",
@@ -54,7 +56,7 @@ class Served:
 
     async def running(self) -> float:
         """Requests that the worker's engine runs, by its own count."""
-        async with httpx.AsyncClient(base_url=self.worker_url) as worker:
+        async with httpx.AsyncClient(base_url=self.worker_url, timeout=PATIENCE_S) as worker:
             return Scrape((await worker.get("/metrics")).text).sum("vllm:num_requests_running")
 
     async def busy(self) -> None:
@@ -63,10 +65,10 @@ class Served:
         async def is_busy() -> bool:
             return await self.running() > 0
 
-        await until(is_busy, "the worker runs a request", 10)
+        await until(is_busy, "the worker runs a request", PATIENCE_S)
 
     async def released(self) -> None:
-        """Within a second the worker runs nothing, every slot is free and no request is in flight."""
+        """Soon the worker runs nothing, every slot is free and no request is in flight."""
 
         async def is_free() -> bool:
             return await self.running() == 0

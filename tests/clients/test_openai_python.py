@@ -100,7 +100,7 @@ async def test_a_wrong_key_is_an_authentication_error(served: Served) -> None:
 
 
 async def test_langchain_with_a_key(served: Served) -> None:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=30) as http:
         model = ChatOpenAI(
             model=served.model, base_url=served.url, api_key=SecretStr(served.key), http_async_client=http
         )

@@ -71,7 +71,7 @@ async def test_the_python_client(client: AsyncOpenAI, served: Served, narrow: Fa
 
 
 async def test_langchain(served: Served, narrow: FakeWorker) -> None:
-    bare = httpx.AsyncClient()
+    bare = httpx.AsyncClient(timeout=30)
     async with bare, queued(served, narrow):
         chain = ChatOpenAI(
             model="narrow",

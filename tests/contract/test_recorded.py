@@ -71,7 +71,7 @@ def route(name: str) -> str:
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     async with FakeWorker("m", prompt_tokens_details=True, request_id_headers=True) as worker:
-        async with httpx.AsyncClient(base_url=worker.url) as client:
+        async with httpx.AsyncClient(base_url=worker.url, timeout=30) as client:
             yield client
 
 

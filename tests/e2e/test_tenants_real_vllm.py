@@ -37,7 +37,7 @@ class Shared:
         return await self.counted() - before
 
     async def counted(self) -> float:
-        async with httpx.AsyncClient(base_url=self.worker.url) as worker:
+        async with httpx.AsyncClient(base_url=self.worker.url, timeout=30) as worker:
             return Scrape((await worker.get("/metrics")).text).sum("vllm:prefix_cache_hits_total")
 
 

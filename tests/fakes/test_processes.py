@@ -46,7 +46,7 @@ def test_a_paused_valkey_answers_nothing_until_resumed(own_valkey: Valkey) -> No
 
 
 def test_a_worker_process_dies_of_the_query_of_death_and_starts_again_with_another_model() -> None:
-    with FakeWorkerProcess("m") as worker, httpx.Client(base_url=worker.url) as client:
+    with FakeWorkerProcess("m") as worker, httpx.Client(base_url=worker.url, timeout=30) as client:
         body = {"messages": [{"role": "user", "content": "please kill_me_prompt now"}]}
         with pytest.raises(httpx.TransportError):
             client.post("/v1/chat/completions", json=body)

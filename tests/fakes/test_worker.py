@@ -25,7 +25,7 @@ def ask(text: str = "one two three", **fields: Any) -> dict[str, Any]:
 
 
 async def answer_of(worker: FakeWorker, body: dict[str, Any], path: str = CHAT) -> dict[str, Any]:
-    async with httpx.AsyncClient(base_url=worker.url) as client:
+    async with httpx.AsyncClient(base_url=worker.url, timeout=30) as client:
         answer = await client.post(path, json=body)
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
@@ -142,7 +142,7 @@ async def test_the_engine_queue_has_a_limit_when_asked() -> None:
         worker.hold()
         asking = [asyncio.create_task(answer_of(worker, ask())) for _ in range(2)]
         await worker.wait_for(running=1, waiting=1)
-        async with httpx.AsyncClient(base_url=worker.url) as client:
+        async with httpx.AsyncClient(base_url=worker.url, timeout=30) as client:
             refused = await client.post(CHAT, json=ask())
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "Service Unavailable")
         worker.resume()
@@ -178,7 +178,7 @@ def test_prefix_cache_forgets_the_longest_unused() -> None:
 async def test_restart_on_the_same_port_with_another_model(fake_worker: FakeWorker) -> None:
     url = fake_worker.url
     await fake_worker.stop()
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
         with pytest.raises(httpx.ConnectError):
             await client.get("/health")
         fake_worker.model = "other"
@@ -191,7 +191,7 @@ async def test_restart_on_the_same_port_with_another_model(fake_worker: FakeWork
 
 async def test_stop_resets_open_streams_and_counts_them_broken(fake_worker: FakeWorker) -> None:
     fake_worker.hold()
-    async with httpx.AsyncClient(base_url=fake_worker.url) as client:
+    async with httpx.AsyncClient(base_url=fake_worker.url, timeout=30) as client:
         async with client.stream("POST", CHAT, json=ask(stream=True)) as answer:
             await fake_worker.wait_for(running=1)
             await fake_worker.stop()
@@ -201,7 +201,7 @@ async def test_stop_resets_open_streams_and_counts_them_broken(fake_worker: Fake
 
 
 async def test_requests_are_kept_as_they_arrived(fake_worker: FakeWorker) -> None:
-    async with httpx.AsyncClient(base_url=fake_worker.url, headers={"x-request-id": "r1"}) as client:
+    async with httpx.AsyncClient(base_url=fake_worker.url, headers={"x-request-id": "r1"}, timeout=30) as client:
         await client.post(CHAT, json=ask(seed=4))
         await client.get("/health")
     (received,) = fake_worker.requests
@@ -220,7 +220,7 @@ async def test_waiting_in_vain_tells_the_numbers(fake_worker: FakeWorker) -> Non
 async def test_a_defect_of_the_fake_fails_its_test() -> None:
     worker = FakeWorker()
     await worker.start()
-    async with httpx.AsyncClient(base_url=worker.url) as client:
+    async with httpx.AsyncClient(base_url=worker.url, timeout=30) as client:
         with pytest.raises(httpx.RemoteProtocolError):
             await client.post(CHAT, json=ask(x_timing={"decode_s": "soon"}))
     with pytest.raises(TypeError):
@@ -236,7 +236,7 @@ async def test_an_embedding_worker() -> None:
         first, second, third = (entry["embedding"] for entry in answer["data"])
         assert first == third != second
         assert sum(value * value for value in first) == pytest.approx(1)
-        async with httpx.AsyncClient(base_url=worker.url) as client:
+        async with httpx.AsyncClient(base_url=worker.url, timeout=30) as client:
             assert (await client.post(CHAT, json=ask())).status_code == 404
 
 
@@ -250,7 +250,10 @@ async def test_a_scoring_worker_ranks_the_equal_text_first() -> None:
 
 
 async def test_a_faulty_embedding_worker() -> None:
-    async with FakeWorker(task="embed", fault="half_event") as worker, httpx.AsyncClient(base_url=worker.url) as client:
+    async with (
+        FakeWorker(task="embed", fault="half_event") as worker,
+        httpx.AsyncClient(base_url=worker.url, timeout=30) as client,
+    ):
         answer = await client.post("/v1/embeddings", json={"model": "m", "input": "a"})
         with pytest.raises(json.JSONDecodeError):
             answer.json()

@@ -115,7 +115,7 @@ async def test_kv_full_waits_inside_the_engine(fake_worker: FakeWorker, client: 
 
 async def test_ignore_abort_goes_on_without_the_client(fake_worker: FakeWorker) -> None:
     fake_worker.hold()
-    async with httpx.AsyncClient(base_url=fake_worker.url) as leaving:
+    async with httpx.AsyncClient(base_url=fake_worker.url, timeout=30) as leaving:
         asking = asyncio.create_task(leaving.post(CHAT, json=ask(stream=True, x_fault="ignore_abort")))
         await fake_worker.wait_for(running=1)
         asking.cancel()

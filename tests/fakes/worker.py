@@ -146,14 +146,14 @@ class FakeWorker:
         """TCP connections open now."""
         return len(self._server.connections)
 
-    async def wait_for(self, timeout_s: float = 5.0, **expected: int) -> None:
+    async def wait_for(self, timeout_s: float = 20.0, **expected: int) -> None:
         """Wait for numbers: open, running, waiting, connections exactly; seen, finished, aborted, broken at least.
 
         Raises TimeoutError that names the numbers found instead.
         """
         await self._observer.wait_for(timeout_s, expected)
 
-    async def aborted(self, count: int = 1, timeout_s: float = 5.0) -> None:
+    async def aborted(self, count: int = 1, timeout_s: float = 20.0) -> None:
         """Wait until that many clients have left before their answer was whole."""
         await self.wait_for(timeout_s, aborted=count)
 

@@ -115,7 +115,7 @@ async def test_a_scored_prompt(fortress: Fortress) -> None:
 
 
 async def test_langchain(fortress: Fortress) -> None:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=30) as http:
         model = ChatOpenAI(
             model="m",
             base_url=f"{fortress.gateway.url}/v1",

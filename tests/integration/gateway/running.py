@@ -38,7 +38,7 @@ class Listening(Protocol):
     def url(self) -> str: ...
 
 
-async def until(holds: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 5.0) -> None:
+async def until(holds: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 20.0) -> None:
     """Ask again and again until it holds, for what only a scrape or a probe can tell. Raises TimeoutError."""
     try:
         async with asyncio.timeout(timeout_s):
@@ -136,7 +136,7 @@ class GatewayProcess:
     async def state_of(self, worker: Listening) -> str:
         return (await self.workers())[f"127.0.0.1:{worker.port}"]["state"]
 
-    async def ready(self, *workers: Listening, timeout_s: float = 10.0) -> None:
+    async def ready(self, *workers: Listening, timeout_s: float = 30.0) -> None:
         """Wait until these workers are ready."""
 
         async def are_ready() -> bool:
@@ -149,7 +149,7 @@ class GatewayProcess:
         answer = await self.operators.get("/metrics")
         return Scrape(answer.raise_for_status().text)
 
-    async def metric(self, name: str, expected: float, timeout_s: float = 1.0, **labels: str) -> None:
+    async def metric(self, name: str, expected: float, timeout_s: float = 8.0, **labels: str) -> None:
         """Wait until the samples of a metric add up to `expected`."""
 
         async def has_value() -> bool:
@@ -157,7 +157,7 @@ class GatewayProcess:
 
         await until(has_value, f"{name}{labels} == {expected}", timeout_s)
 
-    async def idle(self, timeout_s: float = 1.0) -> None:
+    async def idle(self, timeout_s: float = 8.0) -> None:
         """Wait until nothing is held or waits: every slot free, the queue empty, no request in flight."""
 
         async def is_idle() -> bool:

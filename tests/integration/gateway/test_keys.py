@@ -70,7 +70,7 @@ async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gua
 async def test_a_key_gets_in_however_clients_send_it(guarded: Guarded, name: str, path: str) -> None:
     key = guarded.keys["acme"]
     headers = {name: f"Bearer {key}" if name == "authorization" else key}
-    async with httpx.AsyncClient(base_url=guarded.gateway.url) as http:
+    async with httpx.AsyncClient(base_url=guarded.gateway.url, timeout=30) as http:
         answer = await http.post(path, json=chat(max_tokens=4), headers=headers)
     assert answer.status_code == 200, answer.text
     got = guarded.worker.requests[-1]
@@ -166,7 +166,7 @@ async def test_b65_what_is_the_operators(guarded: Guarded, path: str) -> None:
 
 async def test_probes_ask_for_no_key(guarded: Guarded) -> None:
     for port in (guarded.gateway.port, guarded.gateway.admin_port):
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
             assert (await http.get("/healthz")).status_code == 200
             assert (await http.get("/readyz")).status_code == 200
 

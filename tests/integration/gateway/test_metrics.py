@@ -220,7 +220,9 @@ async def test_sums_over_two_processes_are_right_whoever_is_asked(twins: Twins) 
             status, _, _ = await wire.answer()
             assert status == 200
         for _ in range(10):
-            async with httpx.AsyncClient(base_url=twins.gateway.url) as scraper:  # a new connection: any process
+            async with httpx.AsyncClient(
+                base_url=twins.gateway.url, timeout=30
+            ) as scraper:  # a new connection: any process
                 after = Scrape((await scraper.get("/metrics")).text)
             grown = Difference(before, after, "m")
             assert grown.of("sluice_requests_total", outcome="completed") == 10
@@ -236,11 +238,11 @@ async def test_gauges_of_two_processes_add_up_and_return_to_zero(twins: Twins) -
             await wire.post(CHAT, chat())
         await twins.worker.wait_for(open=2)
         await twins.gateway.metric("sluice_requests_in_flight", 2)
-        await twins.gateway.metric("sluice_slots_held", 2, timeout_s=3)
+        await twins.gateway.metric("sluice_slots_held", 2, timeout_s=8)
         assert (await twins.gateway.scrape()).sum("sluice_worker_state", state="ready") == 1
     twins.worker.resume()
     await twins.worker.wait_for(open=0)
-    await twins.gateway.idle(timeout_s=3)
+    await twins.gateway.idle(timeout_s=8)
 
 
 async def test_a_process_that_dies_takes_its_gauges_with_it(twins: Twins) -> None:

@@ -29,7 +29,7 @@ async def test_a_worker_never_holds_more_than_its_slots(house: House) -> None:
     assert [answer.status_code for answer in answers] == [200] * 30
     assert all(f" n{n}-0" in answer.text for n, answer in enumerate(answers))
     assert (await house.gateway.scrape()).sum("sluice_retries_total", reason="saturated") == before
-    async with httpx.AsyncClient(base_url=house.strict.url) as direct:
+    async with httpx.AsyncClient(base_url=house.strict.url, timeout=30) as direct:
         house.strict.hold()
         held = [asyncio.create_task(direct.post(CHAT, json=chat(model="strict"))) for _ in range(2)]
         await house.strict.wait_for(open=2)

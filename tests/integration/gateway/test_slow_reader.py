@@ -30,7 +30,7 @@ TORRENT = chat("x" * 60_000, stream=True, ignore_eos=True, max_tokens=400)
 async def stands_still(worker: FakeWorker) -> None:
     """Wait until the worker has not said anything for a while: whatever buffers there are, they are full."""
     readings: deque[float] = deque(maxlen=STILL_READINGS)
-    async with httpx.AsyncClient(base_url=worker.url) as client:
+    async with httpx.AsyncClient(base_url=worker.url, timeout=30) as client:
 
         async def is_still() -> bool:
             page = Scrape((await client.get("/metrics")).text)

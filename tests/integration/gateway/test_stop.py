@@ -55,7 +55,7 @@ async def refuses(gateway: GatewayProcess) -> None:
 async def test_with_nothing_to_finish_it_ends_at_once(tmp_path: Path, processes: int) -> None:
     """A client that keeps an idle connection is nothing to wait for."""
     async with running(tmp_path, listen={"processes": processes}) as (gateway, _):
-        async with httpx.AsyncClient(base_url=gateway.url) as idle:
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=30) as idle:
             assert (await idle.get("/healthz")).status_code == 200
             children = psutil.Process(gateway.process.pid).children()
             begun = time.monotonic()
@@ -92,7 +92,10 @@ async def test_open_and_waiting_requests_are_finished(tmp_path: Path, processes:
 
 
 async def test_it_says_so_and_serves_on_until_load_balancers_have_noticed(tmp_path: Path) -> None:
-    async with running(tmp_path, drain_notice_s=60) as (gateway, _), httpx.AsyncClient(base_url=gateway.url) as kept:
+    async with (
+        running(tmp_path, drain_notice_s=60) as (gateway, _),
+        httpx.AsyncClient(base_url=gateway.url, timeout=30) as kept,
+    ):
         assert "connection" not in (await kept.get("/readyz")).headers
         gateway.process.terminate()
 

@@ -133,7 +133,7 @@ async def test_a_stream_over_tls_is_whole(yard: Yard, fault: str) -> None:
     answer = await yard.gateway.http.post(CHAT, json=body)
     told = [event.data for event in events(answer.content)]
     assert told[-1] == "[DONE]"
-    async with httpx.AsyncClient(verify=yard.direct) as client:
+    async with httpx.AsyncClient(verify=yard.direct, timeout=30) as client:
         direct = await client.post(f"{worker.url}{CHAT}", json=body)
     assert text_of(told) == text_of([event.data for event in events(direct.content)])
 

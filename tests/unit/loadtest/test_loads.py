@@ -116,7 +116,7 @@ async def test_idle_streams_that_do_not_open_in_time_are_an_error() -> None:
 
 
 async def test_the_worker_streams_in_the_order_of_vllm() -> None:
-    async with serving() as (_, address), httpx.AsyncClient(base_url=address.url) as client:
+    async with serving() as (_, address), httpx.AsyncClient(base_url=address.url, timeout=30) as client:
         body = {"model": "m", "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
         events = (await client.post("/v1/chat/completions", json=body)).text.split("\n\n")
     marks = [
@@ -132,12 +132,12 @@ async def test_the_worker_streams_in_the_order_of_vllm() -> None:
 
 
 async def test_the_worker_answers_a_canary() -> None:
-    async with serving() as (_, address), httpx.AsyncClient(base_url=address.url) as client:
+    async with serving() as (_, address), httpx.AsyncClient(base_url=address.url, timeout=30) as client:
         answer = await client.post("/v1/completions", json={"model": "m", "prompt": "1", "max_tokens": 1})
     assert answer.json()["choices"][0]["text"] == "tok"
 
 
 async def test_the_worker_answers_unknown_routes_as_vllm_does() -> None:
-    async with serving() as (_, address), httpx.AsyncClient(base_url=address.url) as client:
+    async with serving() as (_, address), httpx.AsyncClient(base_url=address.url, timeout=30) as client:
         answer = await client.post("/v1/chat/completions/render", json={})
     assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})

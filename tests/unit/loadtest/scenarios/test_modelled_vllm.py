@@ -106,7 +106,7 @@ async def test_where_nobody_listens_a_call_ends_at_once() -> None:
 
 async def test_it_serves_what_a_monitor_reads() -> None:
     witness = Witness()
-    async with worker(SLOW, witness) as address, httpx.AsyncClient(base_url=address.url) as client:
+    async with worker(SLOW, witness) as address, httpx.AsyncClient(base_url=address.url, timeout=30) as client:
         with Callers() as callers:
             for one in islice(endless("x", SIZES, 1), 3):
                 callers.place(one, address, time.monotonic_ns())
@@ -120,7 +120,7 @@ async def test_it_serves_what_a_monitor_reads() -> None:
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/score"])
 async def test_a_canary_passes_and_other_kinds_are_not_found(path: str) -> None:
-    async with worker(QUICK, Witness()) as address, httpx.AsyncClient(base_url=address.url) as client:
+    async with worker(QUICK, Witness()) as address, httpx.AsyncClient(base_url=address.url, timeout=30) as client:
         answer = await client.post("/v1/completions", json={"model": "m", "prompt": "1", "max_tokens": 1})
         assert answer.json()["usage"]["completion_tokens"] == 1
         assert (await client.post(path, json={})).status_code == 404
