@@ -24,9 +24,13 @@ async def test_a_block_has_its_time_and_no_more() -> None:
 
 
 async def test_a_worker_that_takes_the_connection_and_says_nothing_is_a_note(tmp_path: Path) -> None:
+    gone = asyncio.Event()
+
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
+        await writer.wait_closed()
+        gone.set()
 
     site = Site(free_address(), free_address(), free_address(), tmp_path)
     target = Target("t", lambda _: [], lambda: None, lambda: "")
@@ -35,4 +39,5 @@ async def test_a_worker_that_takes_the_connection_and_says_nothing_is_a_note(tmp
     server = await asyncio.start_server(silent, "127.0.0.1", site.worker.port)
     async with server:
         await visit.weigh()
+        await asyncio.wait_for(gone.wait(), 8)
     assert found.notes == ["memory: not done within 0.4 s"]
