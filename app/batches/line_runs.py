@@ -63,7 +63,7 @@ class Gate:
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
                     self._leave()
-                else:
+                elif turn in self._waiting:  # or it was passed over, as it was cancelled already
                     self._waiting.remove(turn)
                 raise
         else:
@@ -256,7 +256,8 @@ class RangeRun:
         """Until every line has a record, or the range is no longer ours. Raises StorageUnavailable when stopped."""
         try:
             await self._runs.journal.read_range(self.batch, self.index, self._log)
-            missing = [(at, line) for at, line in enumerate(lines) if at not in self._log.done]
+            is_open = not self._log.head.is_sealed  # or a batch that has ended would be worked on
+            missing = [(at, line) for at, line in enumerate(lines) if is_open and at not in self._log.done]
             self.left = len(missing)
             self._lines = {asyncio.create_task(self._line(at, line)) for at, line in missing}
             if self._is_stopping:
