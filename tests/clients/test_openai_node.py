@@ -1,4 +1,4 @@
-"""The official `openai` npm package against the gateway: chat, streams and batches, by the script `conversation.mjs`."""
+"""The official `openai` npm package against the gateway: chat, streams, batches, by the script `conversation.mjs`."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ class MortalGateway:
         metrics = Metrics(CollectorRegistry())
         way = SimpleNamespace(serve=lambda request: workers.serve(request, self.fate))
         runs = LineRuns(
-            cast("Gateway", way), self.journal, _idle, Tenant, LIMITS, settings.Parameters(), metrics, notes, loop.time
+            cast("Gateway", way), self.journal, Idle(), Tenant, LIMITS, settings.Parameters(), metrics, notes, loop.time
         )
         shelf = Shelf(self.files, self.journal, claims)
         runner = Runner(shelf, runs, lambda tenant, model: True, lambda: False, LIMITS, metrics, notes, loop.time, wall)
@@ -297,5 +297,11 @@ class MortalGateway:
             await self.fate.ended.wait()
 
 
-async def _idle(model: str) -> Seen:
-    return Seen(slots=4, free=4, interactive=0, waiting=0, lines_waiting=0, ttft_s=None)
+class Idle:
+    """See `line_runs.Sight`: four slots, and nobody else."""
+
+    async def look(self, name: str) -> Seen:
+        return Seen(slots=4, free=4, interactive=0, waiting=0, lines_waiting=0, ttft_s=None)
+
+    def interactive(self, name: str) -> int:
+        return 0
