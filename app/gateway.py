@@ -49,6 +49,7 @@ class Gateway:
             request.resolved_model = variants[0].model
             ranking = self._router.rank(self._registry.pool(variants), request)
             candidates = self._relay.screen(request, ranking.worker_ids)
+            account.queued()
             lease = await self._admission.admit(Ticket.of(request, candidates))
             self._note(lease, ranking.blocks)
             answer = await self._relay.open(request, lease, candidates, account)
@@ -56,6 +57,10 @@ class Gateway:
             _release(lease, account, error)
             raise
         return Reply(answer, lease, self._registry[lease.worker_id].variant, account, self._note, ranking.blocks)
+
+    def refused(self, request: InferenceRequest, error: GatewayError) -> None:
+        """`request` was refused with `error` before it could be served: it is counted as all others are."""
+        self._accounts.open(request).close(error)
 
     def _note(self, lease: Lease, blocks: Blocks) -> None:
         """Let the router know what is in the cache of the lease's worker; a lease lost on the way has no worker."""

@@ -32,6 +32,7 @@ from app.settings import Health, Settings, is_loopback
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_audit, open_log
 from app.telemetry.metrics import Metrics, open_metrics
+from app.telemetry.tracing import exported, open_tracing
 from app.tenancy.authentication import Identification, KeyIdentification, OpenDoor
 from app.tenancy.directory import Directory
 from app.tenancy.failures import Failures
@@ -88,7 +89,8 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     router = Router(settings.routing)
     registry.listen(router.changed)
     relay = Relay(registry, settings.relay, metrics, clock)
-    accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
+    tracing = open_tracing(settings.tracing)
+    accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock, tracing)
     gateway = Gateway(catalogue, registry, router, admission, relay, accounts)
     gauges = Gauges(metrics, registry, admission, capacity)
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
@@ -127,8 +129,9 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         batches=batches,
     )
     try:
-        async with directory.running(), admission.running(), monitor.running(), gauges.refreshed(), _running(batches):
-            yield runtime
+        async with exported(tracing), directory.running(), admission.running(), monitor.running():
+            async with gauges.refreshed(), _running(batches):
+                yield runtime
     finally:
         if registrar is not None:
             await registrar.aclose()

@@ -24,6 +24,7 @@ from app.credentials import TlsContexts, server_secret
 from app.drain import Drain
 from app.errors import LaunchError
 from app.settings import Settings
+from app.telemetry.tracing import check_tracing
 from app.tenancy.stores import require_keys
 
 BACKLOG = 4096
@@ -177,6 +178,7 @@ def serve(settings: Settings) -> None:
     # Each process builds its own of these; what is wrong with them is better told once, here.
     Catalogue.of(settings.models)
     server_secret(settings.auth)
+    check_tracing(settings.tracing)
     if settings.redis is not None:
         if settings.redis.tls is not None:
             TlsContexts().of(settings.redis.tls)

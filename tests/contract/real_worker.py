@@ -51,7 +51,9 @@ class RealWorker:
 
 
 @contextmanager
-def started_worker(served_model: str, *, core: int | None = None, dtype: str | None = None) -> Iterator[RealWorker]:
+def started_worker(
+    served_model: str, *, core: int | None = None, dtype: str | None = None, extra: tuple[str, ...] = ()
+) -> Iterator[RealWorker]:
     """Start the dense variant, on one core if it is named, and end it at last. Raises MissingEnvironment."""
     home, machine = Home.at(None, os.environ), inspect_machine()
     python = _required(home.environment("worker-cpu") / "bin" / "python", "vLLM's environment")
@@ -61,7 +63,7 @@ def started_worker(served_model: str, *, core: int | None = None, dtype: str | N
         served_model=served_model,
         port=free_port(),
         cores=() if core is None else (core,),
-        extra=() if dtype is None else ("--dtype", dtype),
+        extra=extra if dtype is None else ("--dtype", dtype, *extra),
     )
     environment = worker_environment(python, options, Engine.CPU, machine, os.environ)
     with Process(worker_arguments(python, options, Engine.CPU, machine), environment) as process:

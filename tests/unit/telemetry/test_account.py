@@ -67,7 +67,7 @@ def test_a_streamed_answer(desk: Desk) -> None:
     with desk.accounts.open(desk.request()) as account:
         assert desk.value("requests_in_flight") == 1
         account.admitted("v", waited_s=0.5)
-        account.dispatched(100.6)
+        account.dispatched(100.6, "w")
         account.first_byte(101.0)
         account.token(101.5)
         account.token(101.7)
@@ -171,11 +171,11 @@ def test_one_token_has_no_time_per_output_token() -> None:
 def test_going_on_on_another_worker_is_no_new_beginning(desk: Desk) -> None:
     with desk.accounts.open(desk.request()) as account:
         account.admitted("v", waited_s=0.5)
-        account.dispatched(100.6)
+        account.dispatched(100.6, "w")
         account.first_byte(101.0)
         account.token(101.5)
         account.admitted("v", waited_s=3.5)
-        account.dispatched(104.0)
+        account.dispatched(104.0, "w")
         account.first_byte(104.5)
         account.token(105.0)
     assert desk.value("queue_wait_seconds_sum", **LABELS) == pytest.approx(0.5)
