@@ -199,6 +199,15 @@ def test_wrong_values_are_refused_by_name(helm: Helm, values: Mapping[str, Any],
     assert named in done.stderr
 
 
+def test_a_variant_may_have_workers_of_its_own(helm: Helm, tmp_path: Path) -> None:
+    variants = [{"name": "v", "workers": [{"url": "http://leader:8000", "max_concurrency": 512}]}]
+    objects = helm.template({**LEAST, "models": [{"name": "m", "variants": variants}]})
+    assert [found["metadata"]["name"] for found in of_kind(objects, "Deployment")] == ["sluice"]
+    assert not of_kind(objects, "PersistentVolumeClaim")
+    (worker,) = gateway_settings(objects, tmp_path).models[0].variants[0].workers
+    assert (worker.url, worker.max_concurrency) == ("http://leader:8000", 512)
+
+
 def test_names_that_look_alike_stay_apart(helm: Helm) -> None:
     variants = [{"name": name, "model": "org/m"} for name in ("v.1", "v-1", "V-1")]
     objects = helm.template({**LEAST, "models": [{"name": "m", "variants": variants}]})

@@ -66,9 +66,9 @@ capabilities: {drop: [ALL]}
   {{- range $variant := $model.variants -}}
     {{- $full := include "sluice.variant" (dict "root" $ "variant" $variant) | fromYaml -}}
     {{- $name := include "sluice.workerName" (dict "root" $ "model" $model "variant" $variant) -}}
-    {{- $workers := dict "dns" (printf "%s.%s.svc:8000" $name $.Release.Namespace) "max_concurrency" $full.maxConcurrency "max_num_seqs" (int $full.maxNumSeqs) -}}
+    {{- $found := dict "dns" (printf "%s.%s.svc:8000" $name $.Release.Namespace) "max_concurrency" $full.maxConcurrency "max_num_seqs" (int $full.maxNumSeqs) -}}
     {{- $own := pick $variant "quantization" "quality" "cost" -}}
-    {{- $variants = append $variants (merge (dict "name" $variant.name "workers" (list $workers)) $own) -}}
+    {{- $variants = append $variants (merge (dict "name" $variant.name "workers" ($variant.workers | default (list $found))) $own) -}}
   {{- end -}}
   {{- $models = append $models (merge (dict "variants" $variants) (omit $model "variants")) -}}
 {{- end -}}
