@@ -18,6 +18,7 @@ from app.api.inference import InferenceRoutes
 from app.api.middleware import Dispatch, Errors, RequestIds
 from app.api.openapi import document
 from app.errors import GatewayError, InternalError, InvalidValue, MethodNotAllowed, RouteNotFound
+from app.reload import Source
 from app.runtime import open_runtime
 from app.settings import Settings
 
@@ -37,12 +38,12 @@ OPERATOR_PAGES = ("/docs", "/openapi.json")
 """FastAPI's own."""
 
 
-def create_app(settings: Settings) -> ASGIApp:
+def create_app(settings: Settings, source: Source | None = None) -> ASGIApp:
     """The ASGI application of one gateway process; its lifespan opens and closes the runtime."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
-        async with open_runtime(settings) as runtime:
+        async with open_runtime(settings, source) as runtime:
             _spare_the_collector()
             yield {"runtime": runtime}
 

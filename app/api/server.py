@@ -23,8 +23,10 @@ from app.catalogue import Catalogue
 from app.credentials import TlsContexts, server_secret
 from app.drain import Drain
 from app.errors import LaunchError
+from app.reload import Source
 from app.settings import Settings
 from app.tenancy.stores import require_keys
+from app.workers.discovery import Found, expanded, files_in, read_workers
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # longer than any usual load balancer's, so that it is never us who close under its request
@@ -159,9 +161,15 @@ class Processes(Multiprocess):
         super().join_all()
 
     def handle_hup(self) -> None:
-        """Nothing: uvicorn would start its own kind of process here, and on the two signals below."""
+        """Each process reads the configuration again."""
+        for process in self.processes:
+            if process.pid is not None and process.is_ready():  # before, it would die of it, and it reads it anyway
+                os.kill(process.pid, signal.SIGHUP)
 
-    handle_ttin = handle_ttou = handle_hup
+    def handle_ttin(self) -> None:
+        """Nothing: uvicorn would start its own kind of process here."""
+
+    handle_ttou = handle_ttin
 
     def _start(self) -> ServingProcess:
         process = ServingProcess(self.config, self.sockets, self._settings)
@@ -169,23 +177,29 @@ class Processes(Multiprocess):
         return process
 
 
-def serve(settings: Settings) -> None:
+def check(settings: Settings) -> None:
+    """Read what the settings name on this machine. Raises ConfigurationError."""
+    Catalogue.of(expanded(settings.models, Found()))
+    for path in files_in(settings.models):
+        read_workers(path, settings.reload.workers_per_name)
+    server_secret(settings.auth)
+    if settings.redis is not None and settings.redis.tls is not None:
+        TlsContexts().of(settings.redis.tls)
+
+
+def serve(settings: Settings, source: Source | None = None) -> None:
     """Serve until a signal says stop; open requests get `drain_timeout_s` to finish.
 
     Raises ConfigurationError or LaunchError, before anything is served.
     """
-    # Each process builds its own of these; what is wrong with them is better told once, here.
-    Catalogue.of(settings.models)
-    server_secret(settings.auth)
+    check(settings)  # each process does it for itself; what is wrong is better told once, here
     if settings.redis is not None:
-        if settings.redis.tls is not None:
-            TlsContexts().of(settings.redis.tls)
         asyncio.run(ledger.check(settings.redis))
     if settings.is_guarded:
         asyncio.run(require_keys(settings))
     sockets = _bind_all(settings)
     config = uvicorn.Config(
-        functools.partial(create_app, settings),
+        functools.partial(create_app, settings, source),
         factory=True,
         loop="uvloop",
         # uvicorn only ever calls it, with keyword arguments.
