@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -23,11 +23,12 @@ from app.batches.storage import open_storage
 from app.catalogue import Catalogue
 from app.credentials import server_secret
 from app.drain import Drain
-from app.errors import ModelNotFound
+from app.errors import KeyRevoked, ModelNotFound
 from app.gateway import Gateway
 from app.relay.relay import Relay
 from app.reload import Reload, Source
 from app.routing.router import Router
+from app.served import Served
 from app.settings import Health, Settings, is_loopback
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_audit, open_log
@@ -62,6 +63,7 @@ class Runtime:
     directory: Directory
     registrar: Registrar | None
     admission: QueuedAdmission
+    served: Served
     drain: Drain
     reload: Reload
     gauges: Gauges
@@ -78,8 +80,9 @@ async def open_runtime(settings: Settings, source: Source | None = None) -> Asyn
     clock = time.monotonic
     log = open_log(settings.logs)
     secret = server_secret(settings.auth)
-    metrics = open_metrics(tuple(tenant.name for tenant in settings.tenants))
     tenants = Tenants(settings.tenants, settings.default_tenant, secret)
+    metrics = open_metrics(tenants.named)
+    tenants.listen(lambda: metrics.show_tenants(tenants.named))
     # Those whose addresses are known; `reload` finds the others before anybody is served.
     catalogue = Catalogue.of(expanded(settings.models, Found()))
     registry = Registry(catalogue, log)
@@ -100,10 +103,13 @@ async def open_runtime(settings: Settings, source: Source | None = None) -> Asyn
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
-    drain = Drain(admission.turn_away)
+    served = Served()
+    drain = Drain(admission.turn_away, served)
     pepper = Pepper(secret)
     stores = stores_of(settings) if settings.is_guarded else []
-    directory = Directory(stores, tenants, settings.auth.stale_s, log, clock, time.time)
+    ends = Revocations(served, log)
+    directory = Directory(stores, tenants, settings.auth.stale_s, log, clock, time.time, ends.revoked)
+    tenants.listen(directory.look_up_tenants)
     identification = _identification(settings, directory, pepper, tenants, metrics)
     registrar = Registrar(RedisKeys(settings.redis), pepper, time.time) if settings.redis else None
     if not settings.is_guarded:
@@ -120,6 +126,7 @@ async def open_runtime(settings: Settings, source: Source | None = None) -> Asyn
         directory,
         registrar,
         admission,
+        served,
         drain,
         reload,
         gauges,
@@ -144,6 +151,18 @@ async def open_runtime(settings: Settings, source: Source | None = None) -> Asyn
             await registrar.aclose()
         relay.close()
         metrics.close()
+
+
+class Revocations:
+    """Ends what revoked keys have begun: those who wait are turned away, and streams end in an error event."""
+
+    def __init__(self, served: Served, log: Log) -> None:
+        self._served = served
+        self._log = log
+
+    def revoked(self, key_ids: Set[str]) -> None:
+        ended = self._served.cut_of(key_ids, KeyRevoked("This API key was revoked."))
+        self._log.info("keys revoked", keys=sorted(key_ids), requests_ended=ended)
 
 
 class Capacity:

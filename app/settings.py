@@ -274,14 +274,17 @@ class Model(Part):
 
 
 class Admission(Part):
-    """Who waits, how long, and in which order. Limits hold across all replicas that share a Redis."""
+    """Who waits, how long, and in which order. Limits hold across all replicas that share a Redis.
 
-    queue_limit: int = Field(1000, ge=0, description="requests that may wait, in all")
-    queue_limit_per_band: int = Field(1000, ge=0)
+    By default there is room for every band to be full, so none crowds out another, and four tenants fill a band.
+    """
+
+    queue_limit: int = Field(16_000, ge=0, description="requests that may wait, in all")
+    queue_limit_per_band: int = Field(4000, ge=0)
     queue_limit_per_tenant: int = Field(1000, ge=0)
     queue_mib: int = Field(1024, ge=1, description="bodies of requests that wait, in all")
-    queue_mib_per_band: int = Field(1024, ge=1)
-    queue_mib_per_tenant: int = Field(1024, ge=1)
+    queue_mib_per_band: int = Field(256, ge=1)
+    queue_mib_per_tenant: int = Field(64, ge=1)
     queue_timeout_s: float = Field(30, gt=0, le=3600, description="longest wait for a slot")
     queue_timeout_by_band_s: dict[BandName, PositiveFloat] = Field(
         {"flex": 300.0, "batch": 3600.0}, description="where it differs"

@@ -186,8 +186,9 @@ class Metrics:
         self.tenant_tokens = counter(
             "sluice_tenant_tokens_total", "Tokens of a tenant, as workers counted them.", "tenant", "direction"
         )
-        self._shown_tenants = frozenset(tenants[:MOST_TENANTS])
+        self._shown_tenants: frozenset[str] = frozenset()
         self._tenant_ends: dict[tuple[str, Outcome], tuple[Counter, Counter, Counter]] = {}
+        self.show_tenants(tenants)
         self.batch_lines = gauge("sluice_batch_lines", "Lines of unfinished batches.", "state", across="livemax")
         self.batch_lines_in_flight = gauge(
             "sluice_batch_lines_in_flight", "Lines that wait for a slot or are answered."
@@ -221,6 +222,12 @@ class Metrics:
         count, duration = found
         count.inc()
         duration.observe(duration_s)
+
+    def show_tenants(self, tenants: Sequence[str]) -> None:
+        """Give these series of their own, after those that have some already, as long as they are not too many."""
+        known = self._shown_tenants
+        added = [name for name in tenants if name not in known]
+        self._shown_tenants = known | set(added[: MOST_TENANTS - len(known)])
 
     def tenant_ended(self, tenant: str, outcome: Outcome, usage: TokenUsage) -> None:
         """Count a request's end, and what it used, for whoever pays."""
