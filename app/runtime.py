@@ -250,9 +250,7 @@ def _batches(
     claims: Claims = LocalClaims()
     if settings.redis is not None:
         claims = RedisClaims(settings.redis, limits.lease_s, time.monotonic)
-    runs = LineRuns(
-        gateway, journal, meter.look, tenants.get, limits, settings.parameters, metrics, log, time.monotonic
-    )
+    runs = LineRuns(gateway, journal, meter, tenants.get, limits, settings.parameters, metrics, log, time.monotonic)
 
     def knows(tenant: str, model: str) -> bool:
         try:

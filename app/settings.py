@@ -441,6 +441,8 @@ class Batches(Part):
     range_lines: int = Field(128, ge=1, le=1000, description="lines that one gateway claims together")
     range_bytes: int = Field(4 * 1024 * 1024, ge=1, description="no more of the input are claimed together")
     files_kept_s: int = Field(30 * 86400, ge=60, description="for files without a date of their own")
+    batches_kept_s: int = Field(30 * 86400, ge=60, description="what is told of a batch, after it ended")
+    keys_kept_s: int = Field(86400, ge=60, description="so long an Idempotency-Key stands for the same batch")
     batches_per_tenant: int = Field(100, ge=1, description="that are not finished")
     lines_in_flight: int = Field(256, ge=1, le=65536, description="of one model, by one gateway process")
     ttft_target_s: float = Field(1.0, gt=0, description="TTFT of interactive streams above which lines give way")
