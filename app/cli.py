@@ -171,8 +171,8 @@ def gateway(config: Path | None, host: str | None, port: int | None, processes: 
     from app.settings import load_settings
 
     settings = load_settings(config, host=host, port=port, processes=processes)
-    from app.api.server import check as check_settings
-    from app.api.server import serve
+    from app.api.serve import check as check_settings
+    from app.api.serve import serve
     from app.reload import Source
 
     if check:

@@ -89,9 +89,9 @@ class Reload:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Follow names and files. At the start every name was asked for once. Raises ConfigurationError."""
-        await self._take(self.settings)
         loop, asked = asyncio.get_running_loop(), asyncio.Event()
         is_signalled = self._source is not None and _heeds(loop, asked)
+        await self._take(await self._latest())
         tasks = [asyncio.create_task(task) for task in (self._follow_names(), self._sweep(), self._heed(asked))]
         if self._rules.watch_interval_s:
             tasks.append(asyncio.create_task(self._follow_files()))
@@ -104,12 +104,24 @@ class Reload:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _latest(self) -> Settings:
+        """What to begin with: a process that replaces another comes with what the file said when the first began."""
+        try:
+            return await self._read()
+        except ConfigurationError as error:
+            self._note(Outcome.REFUSED, reason=str(error))
+            return self.settings
+
+    async def _read(self) -> Settings:
+        """What the file says now. Raises ConfigurationError, also for a change that needs a restart."""
+        settings = await asyncio.to_thread(self._source.load) if self._source else self.settings
+        refuse_changes(self.settings, settings)
+        return settings
+
     async def now(self) -> Outcome:
         """Read everything again. Raises ConfigurationError when it is refused; then all is as it was."""
         try:
-            settings = await asyncio.to_thread(self._source.load) if self._source else self.settings
-            refuse_changes(self.settings, settings)
-            has_changed = await self._take(settings)
+            has_changed = await self._take(await self._read())
         except ConfigurationError as error:
             self._note(Outcome.REFUSED, reason=str(error))
             raise

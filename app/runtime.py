@@ -66,6 +66,7 @@ class Runtime:
     served: Served
     drain: Drain
     reload: Reload
+    is_ailing: Callable[[], bool]
     gauges: Gauges
     metrics: Metrics
     log: Log
@@ -75,7 +76,9 @@ class Runtime:
 
 
 @asynccontextmanager
-async def open_runtime(settings: Settings, source: Source | None = None) -> AsyncIterator[Runtime]:
+async def open_runtime(
+    settings: Settings, source: Source | None = None, is_ailing: Callable[[], bool] = lambda: False
+) -> AsyncIterator[Runtime]:
     """A running gateway, whose settings are followed to `source`. Raises ConfigurationError."""
     clock = time.monotonic
     log = open_log(settings.logs)
@@ -129,6 +132,7 @@ async def open_runtime(settings: Settings, source: Source | None = None) -> Asyn
         served,
         drain,
         reload,
+        is_ailing,
         gauges,
         metrics,
         log,

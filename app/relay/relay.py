@@ -70,7 +70,7 @@ class Relay:
         self._blame.forget(worker)
 
     def screen(self, request: InferenceRequest, candidates: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of `candidates` that may get `request`. Raises RequestQuarantined; NoHealthyWorker if there are none."""
+        """Those of `candidates` that may get `request`. Raises RequestQuarantined; NoHealthyWorker for none."""
         if not candidates:  # those of a name that stands for nobody now
             raise NoHealthyWorker("There is no worker of this model now. Please try again later.", retry_after_s=1)
         return self._blame.screen(request, candidates)
