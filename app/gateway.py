@@ -7,35 +7,42 @@ from types import TracebackType
 from typing import Self
 
 from app.admission.ticket import Admission, Lease, Ticket
-from app.catalogue import Catalogue, Variant
-from app.errors import GatewayError
+from app.catalogue import Variant
+from app.errors import GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
 from app.inference import InferenceRequest
 from app.relay.answer import Answer
 from app.relay.relay import Relay
+from app.routing.chooser import Chooser
 from app.routing.prefix_index import Blocks
 from app.routing.router import Router
+from app.routing.variant_choice import Choice
 from app.telemetry.account import Account, Accounts
 from app.workers.registry import Registry
 
+UNDER_PRESSURE = (Overloaded, QueueTimeout, TenantQueueFull, NoHealthyWorker)
+"""Refusals for want of room, where another variant may have some."""
+
 
 class Gateway:
-    """Carries requests: resolve → rank → admit → relay. Everything a request acquires is released by its Reply."""
+    """Carries requests: choose → rank → admit → relay. Everything a request acquires is released by its Reply."""
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        chooser: Chooser,
         registry: Registry,
         router: Router,
         admission: Admission,
         relay: Relay,
         accounts: Accounts,
+        clock: Callable[[], float],
     ) -> None:
-        self._catalogue = catalogue
+        self._chooser = chooser
         self._registry = registry
         self._router = router
         self._admission = admission
         self._relay = relay
         self._accounts = accounts
+        self._clock = clock
 
     async def serve(self, request: InferenceRequest) -> Reply:
         """The reply to `request`, open from its first byte on. Raises GatewayError; then nothing is held any more.
@@ -45,17 +52,37 @@ class Gateway:
         account = self._accounts.open(request)
         lease: Lease | None = None
         try:
-            variants = self._catalogue.resolve(request.model, request.tenant)
-            request.resolved_model = variants[0].model
-            ranking = self._router.rank(self._registry.pool(variants), request)
-            candidates = self._relay.screen(request, ranking.worker_ids)
-            lease = await self._admission.admit(Ticket.of(request, candidates))
-            self._note(lease, ranking.blocks)
+            choice = self._chooser.choose(request)
+            lease, candidates, blocks = await self._admit(request, choice)
             answer = await self._relay.open(request, lease, candidates, account)
+            variant = self._registry[lease.worker_id].variant
+            account.variant_reason = self._chooser.served(choice, variant)
         except BaseException as error:
             _release(lease, account, error)
             raise
-        return Reply(answer, lease, self._registry[lease.worker_id].variant, account, self._note, ranking.blocks)
+        return Reply(answer, lease, variant, choice, account, self._note, blocks)
+
+    async def _admit(self, request: InferenceRequest, choice: Choice) -> tuple[Lease, tuple[str, ...], Blocks]:
+        """A slot, the workers to go on with if that is lost, and what the prompt begins with.
+
+        Where there is another step to take, one that would take too long is left for the next.
+        """
+        waited_s, last = 0.0, len(choice.steps) - 1
+        for at, step in enumerate(choice.steps):
+            ranking = self._router.rank_pools([self._registry.pool(rung) for rung in step.rungs], request)
+            candidates = self._relay.screen(request, ranking.worker_ids)
+            until = request.arrived + step.wait_s
+            try:
+                lease = await self._admission.admit(Ticket.of(request, candidates, deadline=until, waited_s=waited_s))
+            except UNDER_PRESSURE:
+                if at == last:
+                    raise
+                waited_s = self._clock() - request.arrived
+                self._chooser.pressed(choice, at)
+                continue
+            self._note(lease, ranking.blocks)
+            return lease, candidates, ranking.blocks
+        raise AssertionError("a choice has steps")
 
     def _note(self, lease: Lease, blocks: Blocks) -> None:
         """Let the router know what is in the cache of the lease's worker; a lease lost on the way has no worker."""
@@ -69,13 +96,14 @@ class Reply:
     In order: the connection to the worker, the slot (which goes to the next ticket), the account.
     """
 
-    __slots__ = ("_account", "_blocks", "_note", "answer", "lease", "variant")
+    __slots__ = ("_account", "_blocks", "_note", "answer", "choice", "lease", "variant")
 
     def __init__(
         self,
         answer: Answer,
         lease: Lease,
         variant: Variant,
+        choice: Choice,
         account: Account,
         note: Callable[[Lease, Blocks], None],
         blocks: Blocks,
@@ -83,9 +111,15 @@ class Reply:
         self.answer = answer
         self.lease = lease
         self.variant = variant
+        self.choice = choice
         self._account = account
         self._note = note
         self._blocks = blocks
+
+    @property
+    def reason(self) -> str:
+        """Why this variant served: see `variant_choice.Reason`."""
+        return self._account.variant_reason
 
     def __enter__(self) -> Self:
         return self

@@ -26,6 +26,7 @@ from app.drain import Drain
 from app.errors import ModelNotFound
 from app.gateway import Gateway
 from app.relay.relay import Relay
+from app.routing.chooser import Chooser
 from app.routing.router import Router
 from app.settings import Health, Settings, is_loopback
 from app.telemetry.account import Accounts, RequestsLog
@@ -86,7 +87,8 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     registry.listen(router.changed)
     relay = Relay(registry, settings.relay, metrics, clock)
     accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
-    gateway = Gateway(catalogue, registry, router, admission, relay, accounts)
+    chooser = Chooser(catalogue, registry, accounts.paces, metrics, clock, time.time)
+    gateway = Gateway(chooser, registry, router, admission, relay, accounts, clock)
     gauges = Gauges(metrics, registry, admission, capacity)
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None

@@ -62,7 +62,7 @@ class Timeline:
 
 
 class Ttfts:
-    """The recent TTFT of interactive streams, by model: a mean in which each new one counts a fifth. Seconds."""
+    """The recent TTFT of streams, by model or variant: a mean in which each new one counts a fifth. Seconds."""
 
     def __init__(self) -> None:
         self._means: dict[str, tuple[float, float]] = {}
@@ -89,24 +89,28 @@ class Account:
         "_clock",
         "_log",
         "_metrics",
+        "_paces",
         "_request",
         "_series",
         "_ttfts",
         "timeline",
         "usage",
         "variant",
+        "variant_reason",
     )
 
     def __init__(
-        self, request: InferenceRequest, metrics: Metrics, log: RequestsLog, clock: Clock, ttfts: Ttfts
+        self, request: InferenceRequest, metrics: Metrics, log: RequestsLog, clock: Clock, ttfts: Ttfts, paces: Ttfts
     ) -> None:
         self._request = request
         self._ttfts = ttfts
+        self._paces = paces
         self._metrics = metrics
         self._log = log
         self._clock = clock
         self._series: Series | None = None
         self.variant = UNRESOLVED
+        self.variant_reason = ""
         self._broken: GatewayError | None = None
         self.timeline = Timeline(request.arrived)
         self.usage: TokenUsage | None = None
@@ -138,11 +142,18 @@ class Account:
     def token(self, now: float) -> None:
         """A token chunk came. Gaps are observed in bulk: counting each where it falls costs as much as relaying it."""
         line = self.timeline
-        if line.first_token is None and self._request.band is not Band.BATCH:
-            self._ttfts.note(self._request.resolved_model, now - line.arrived, now)
+        if line.first_token is None:
+            self._first_token(line, now)
         line.token(now)
         if len(line.gaps) >= GAPS_AT_ONCE:
             self._observe_gaps()
+
+    def _first_token(self, line: Timeline, now: float) -> None:
+        model = self._request.resolved_model
+        if self._request.band is not Band.BATCH:
+            self._ttfts.note(model, now - line.arrived, now)
+        if line.dispatched is not None:
+            self._paces.note(f"{model}:{self.variant}", now - line.dispatched, now)
 
     def _observe_gaps(self) -> None:
         gaps, self.timeline.gaps = self.timeline.gaps, []
@@ -261,6 +272,7 @@ class RequestsLog:
             route=request.route.value,
             model=request.resolved_model,
             variant=account.variant,
+            variant_reason=account.variant_reason,
             tenant=request.tenant.name,
             band=request.band.value,
             stream=request.stream,
@@ -282,6 +294,8 @@ class Accounts:
         self._log = requests_log
         self._clock = clock
         self.ttfts = Ttfts()
+        self.paces = Ttfts()
+        """From dispatch to the first token, by variant."""
 
     def open(self, request: InferenceRequest) -> Account:
-        return Account(request, self._metrics, self._log, self._clock, self.ttfts)
+        return Account(request, self._metrics, self._log, self._clock, self.ttfts, self.paces)

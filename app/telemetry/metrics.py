@@ -182,6 +182,17 @@ class Metrics:
         )
         self._shown_tenants = frozenset(tenants[:MOST_TENANTS])
         self._tenant_ends: dict[tuple[str, Outcome], tuple[Counter, Counter, Counter]] = {}
+        self.variant_choices = counter(
+            "sluice_variant_choices_total", "Requests whose variant was chosen.", "model", "variant", "reason"
+        )
+        self.variant_steps = counter(
+            "sluice_variant_steps_total",
+            "Steps down under pressure and up again, from one variant to another.",
+            "model",
+            "from",
+            "to",
+            "reason",
+        )
         self.batch_lines = gauge("sluice_batch_lines", "Lines of unfinished batches.", "state", across="livemax")
         self.batch_lines_in_flight = gauge(
             "sluice_batch_lines_in_flight", "Lines that wait for a slot or are answered."
