@@ -18,10 +18,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app import settings
-from app.card import Card, gate
+from app.card import Card, Uncertainty, UncertaintyStep, gate
 from app.credentials import TlsContexts, read_secret
 from app.errors import ConfigurationError, ModelNotFound
 from app.tenant import ANONYMOUS, Tenant
+from app.uncertainty import TOP_LOGPROBS
 
 MANIFEST_FILE = "sluice.json"
 SHOWN_NAME_CHARS = 200
@@ -116,12 +117,27 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class Cascade:
+    """A small variant answers first; where it is less sure than `threshold`, as `calibrated` measures, a large one.
+
+    Of a stream the first `hold_tokens` decide.
+    """
+
+    small: Variant
+    large: Variant
+    calibrated: Uncertainty
+    threshold: float
+    hold_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """What clients ask for; the order of its variants is the operator's preference."""
 
     name: str
     variants: tuple[Variant, ...]
     choosing: settings.Choosing = field(default_factory=settings.Choosing)
+    cascade: Cascade | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +228,41 @@ def _model(configured: settings.Model, contexts: TlsContexts) -> Model:
         _variant(configured, variant, manifest, _facts(configured, variant, manifest, dearest), contexts)
         for variant, manifest in measured
     )
-    return Model(configured.name, variants, configured)
+    return Model(configured.name, variants, configured, _cascade(configured, variants, dict(measured)))
+
+
+def _cascade(
+    model: settings.Model, variants: tuple[Variant, ...], measured: dict[settings.Variant, Manifest | None]
+) -> Cascade | None:
+    """Raises ConfigurationError where nobody says from when on an answer is unsure."""
+    asked = model.cascade
+    if asked is None:
+        return None
+    named = {variant.name: variant for variant in variants}
+    small, large = named[asked.small], named[asked.large]
+    calibrated, threshold = _given_threshold(asked), asked.threshold
+    manifest = next(manifest for variant, manifest in measured.items() if variant.name == asked.small)
+    if threshold is None and manifest is not None and manifest.card is not None:
+        cards = [one for one in manifest.card.uncertainty if one.measure == asked.measure]
+        calibrated, threshold = (cards[0], threshold_of(cards[0], asked.quality)) if cards else (calibrated, None)
+    if threshold is None:
+        raise ConfigurationError(
+            f"models.{model.name}.cascade: no threshold, and no card says how unsure {asked.small!r} may be"
+        )
+    return Cascade(small, large, calibrated, threshold, asked.hold_tokens)
+
+
+def threshold_of(calibrated: Uncertainty, quality: float) -> float:
+    """The highest threshold by which a cascade keeps `quality`; below all of them, where none does."""
+    kept = [step.threshold for step in calibrated.table if step.expected_quality >= quality]
+    return max(kept, default=0.0)
+
+
+def _given_threshold(asked: settings.Cascade) -> Uncertainty:
+    step = UncertaintyStep(threshold=asked.threshold or 0.0, escalated_share=0, expected_quality=0, agreement=0)
+    return Uncertainty(
+        measure=asked.measure, window_tokens=asked.window_tokens, top_logprobs=TOP_LOGPROBS, items=1, table=(step,)
+    )
 
 
 def _manifest(configured: settings.Variant) -> Manifest | None:

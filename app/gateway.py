@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from app.admission.ticket import Admission, Lease, Ticket
-from app.catalogue import Variant
+from app.catalogue import Cascade, Variant
 from app.errors import GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
 from app.inference import InferenceRequest
 from app.relay.answer import Answer
@@ -54,9 +54,12 @@ class Gateway:
         try:
             choice = self._chooser.choose(request)
             lease, candidates, blocks = await self._admit(request, choice)
-            answer = await self._relay.open(request, lease, candidates, account)
-            variant = self._registry[lease.worker_id].variant
-            account.variant_reason = self._chooser.served(choice, variant)
+            if choice.cascade is None:
+                answer = await self._relay.open(request, lease, candidates, account)
+                variant = self._registry[lease.worker_id].variant
+                account.variant_reason = self._chooser.served(choice, variant)
+            else:
+                answer, variant = await self._cascade(request, choice, choice.cascade, lease, candidates, account)
         except BaseException as error:
             _release(lease, account, error)
             raise
@@ -83,6 +86,39 @@ class Gateway:
             self._note(lease, ranking.blocks)
             return lease, candidates, ranking.blocks
         raise AssertionError("a choice has steps")
+
+    async def _cascade(
+        self,
+        request: InferenceRequest,
+        choice: Choice,
+        cascade: Cascade,
+        lease: Lease,
+        candidates: tuple[str, ...],
+        account: Account,
+    ) -> tuple[Answer, Variant]:
+        """The small variant's answer, or the large one's if that is not sure; on one lease, which moves.
+
+        The tenant pays for the tokens of both, as for one request. Where the large one cannot be had, an answer that
+        is whole is better than none.
+        """
+        answer, doubt = await self._relay.open_doubted(request, lease, candidates, account, cascade)
+        if doubt <= cascade.threshold:
+            account.variant_reason = self._chooser.served(choice, cascade.small)
+            return answer, cascade.small
+        answer.close()
+        account.set_aside()
+        try:
+            larger = self._router.rank(self._registry.pool((cascade.large,)), request).worker_ids
+            await lease.move(larger)
+            better = await self._relay.open(request, lease, larger, account)
+        except GatewayError:
+            if answer.is_streamed:
+                raise
+            account.take_back()
+            account.variant_reason = self._chooser.served(choice, cascade.small, is_kept=True)
+            return answer, cascade.small
+        account.variant_reason = self._chooser.served(choice, cascade.large)
+        return better, cascade.large
 
     def _note(self, lease: Lease, blocks: Blocks) -> None:
         """Let the router know what is in the cache of the lease's worker; a lease lost on the way has no worker."""

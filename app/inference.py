@@ -221,6 +221,13 @@ class InferenceRequest:
         """Whether usage is asked of the worker for the gateway's own count, and its chunk kept from the client."""
         return self.stream and self.route in _USAGE_OPTION_ROUTES and not self.client_wants_usage
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether its answer can be asked for with log-probabilities that the client does not want."""
+        if self.choices != 1 or self.route not in _USAGE_OPTION_ROUTES:
+            return False
+        return self.route is Route.CHAT or "logprobs" not in self.fields
+
     def prompt_start(self, limit: int) -> bytes:
         """The first `limit` bytes of what the engine's prompt is made of, as the client wrote them.
 

@@ -25,6 +25,7 @@ class Policy(StrEnum):
     BALANCED = "balanced"
     ANY = "any"
     PINNED = "pinned"
+    CASCADE = "cascade"
 
 
 class Preference(msgspec.Struct, frozen=True):

@@ -36,7 +36,7 @@ VARIANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
 
 
 BandName = Literal["priority", "default", "flex", "batch"]
-PolicyName = Literal["quality", "economy", "balanced", "any", "pinned"]
+PolicyName = Literal["quality", "economy", "balanced", "any", "pinned", "cascade"]
 
 
 def _aware(moment: datetime) -> datetime:
@@ -271,12 +271,34 @@ class Canary(Part):
     percent: float = Field(ge=0, le=100, description="of sessions, else users, else tenants: each keeps its side")
 
 
+class Cascade(Part):
+    """A small variant that answers first, and a large one that answers where the small one is not sure.
+
+    The threshold comes from the small one's card: the highest by which the cascade keeps `quality`.
+    """
+
+    small: str
+    large: str
+    quality: float = Field(0.97, ge=0, le=1, description="of the large one's, to be kept")
+    threshold: float | None = Field(None, ge=0, description="uncertainty above which the large one answers")
+    measure: Literal["entropy", "margin"] = "entropy"
+    window_tokens: int = Field(8, ge=1, le=64, description="mean over so many tokens in a row; not used with a card")
+    hold_tokens: int = Field(16, ge=1, le=256, description="of a stream, held back until they are known to be sure")
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if self.small == self.large:
+            raise ValueError("small and large are the same variant")
+        return self
+
+
 class Choosing(Lifetime):
     """Which of a model's variants serves a request that names none of them.
 
     `quality`: the best one, or with a TTFT to keep the best of those that keep it; `economy`: the cheapest; `balanced`:
     the one with the most quality - λ x cost, cost 1 being the dearest variant's; equals share. `any`: all variants,
-    the least loaded worker; `pinned`: the one that is listed first. What was never measured has quality 0 and cost 1.
+    the least loaded worker; `pinned`: the one that is listed first; `cascade`: see there. What was never measured has
+    quality 0 and cost 1.
     """
 
     policy: PolicyName = "balanced"
@@ -287,6 +309,7 @@ class Choosing(Lifetime):
     )
     calm_s: float = Field(5, gt=0, le=3600, description="without pressure, before requests step up again")
     canary: Canary | None = None
+    cascade: Cascade | None = None
     fallbacks: tuple[str, ...] = Field((), max_length=8, description="models that serve while this one has no worker")
     aliases: tuple[Alias, ...] = ()
 
@@ -320,6 +343,10 @@ class Model(Choosing):
         named = [alias.variant for alias in self.aliases if alias.variant]
         if self.canary:
             named.append(self.canary.variant)
+        if self.cascade:
+            named += [self.cascade.small, self.cascade.large]
+        elif self.policy == "cascade":
+            raise ValueError(f"model {self.name!r} has the policy cascade and no cascade")
         if unknown := [name for name in named if name not in names]:
             raise ValueError(f"model {self.name!r} has no variant {unknown[0]!r}")
         if self.canary and len(names) == 1:

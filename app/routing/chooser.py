@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from app.catalogue import Catalogue, Model, Offer, Variant
 from app.errors import ModelNotFound
 from app.inference import InferenceRequest
+from app.preference import Policy
 from app.routing.variant_choice import Choice, Ladder, Reason, Rung, Terms, choose, point_of
 from app.telemetry.account import Ttfts
 from app.telemetry.metrics import Metrics
@@ -77,9 +78,9 @@ class Chooser:
         if pressed is not ladder:
             self._count_step(rungs[-2], rungs[-1], "pressure")
 
-    def served(self, choice: Choice, variant: Variant) -> Reason:
+    def served(self, choice: Choice, variant: Variant, *, is_kept: bool = False) -> Reason:
         """Why `variant` serves; counted where there was something to choose."""
-        reason = choice.reason_for(variant)
+        reason = Reason.KEPT if is_kept else choice.reason_for(variant)
         if choice.is_decided or reason is Reason.FALLBACK:
             self._metrics.variant_choices.labels(variant.model, variant.name, reason).inc()
         return reason
@@ -109,10 +110,17 @@ class Chooser:
 def _terms(offer: Offer, request: InferenceRequest) -> Terms:
     choosing, asked, tenant = offer.model.choosing, request.preference, request.tenant
     if choosing.canary is None:
-        return Terms.of(choosing, tenant, asked)
+        return _able(Terms.of(choosing, tenant, asked), request)
     # Nobody in particular is many people: without a word on who asks, each request is on a side of its own.
     session = asked.session or request.user or (request.id if tenant.is_anonymous else "")
-    return Terms.of(choosing, tenant, asked, point_of(offer.model.name, tenant.name, session))
+    return _able(Terms.of(choosing, tenant, asked, point_of(offer.model.name, tenant.name, session)), request)
+
+
+def _able(terms: Terms, request: InferenceRequest) -> Terms:
+    """An answer that nobody can weigh comes from the best variant at once."""
+    if terms.policy is Policy.CASCADE and not request.weighs_tokens:
+        return replace(terms, policy=Policy.QUALITY)
+    return terms
 
 
 def _name(rung: Rung) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from app.catalogue import Model, Offer, Variant
+from app.catalogue import Cascade, Model, Offer, Variant
 from app.errors import InvalidValue, ModelNotFound
 from app.preference import Policy, Preference
 from app.settings import Choosing
@@ -44,6 +44,12 @@ class Reason(StrEnum):
     CANARY = "canary"
     PRESSURE = "pressure"
     """Too many wait for what the policy prefers."""
+    SURE = "sure"
+    """A cascade's small variant was sure of its answer."""
+    UNSURE = "unsure"
+    """A cascade's large variant answered, since the small one was not sure."""
+    KEPT = "kept"
+    """A cascade's small variant was not sure of its answer, and the large one could not be had."""
     FALLBACK = "fallback"
     """The model that was asked for has no worker now; this is another one."""
 
@@ -64,9 +70,15 @@ class Terms(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, model: Choosing, tenant: Tenant, asked: Preference, point: float = 1.0) -> Terms:
+        """Raises InvalidValue for a cascade where there is none."""
         consents = tenant.degrade and asked.degrade is not False
+        policy = asked.policy or tenant.policy or Policy(model.policy)
+        if policy is Policy.CASCADE and model.cascade is None:
+            if asked.policy is not None:
+                raise InvalidValue("This model has no cascade.", param="sluice.policy")
+            policy = Policy(model.policy)
         return cls(
-            asked.policy or tenant.policy or Policy(model.policy),
+            policy,
             model.cost_weight if asked.cost_weight is None else asked.cost_weight,
             max(model.quality_floor, asked.quality_floor or 0.0),
             asked.ttft_s,
@@ -99,6 +111,7 @@ class Choice(msgspec.Struct, frozen=True):
     """What may serve a request, step after step, each open to all that the one before was. `reason` is the first's.
 
     `is_decided` where there was more than one variant to choose from. `headers` are what the answer has to say of it.
+    In a `cascade` the only step is the small variant's.
     """
 
     model: Model
@@ -106,6 +119,7 @@ class Choice(msgspec.Struct, frozen=True):
     reason: Reason
     is_decided: bool = False
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    cascade: Cascade | None = None
 
     @property
     def meant(self) -> Rung:
@@ -114,7 +128,9 @@ class Choice(msgspec.Struct, frozen=True):
 
     def reason_for(self, variant: Variant) -> Reason:
         """Why `variant` serves, one of those that the steps name."""
-        return self.reason if variant in self.meant else Reason.PRESSURE
+        if variant in self.meant:
+            return self.reason
+        return Reason.UNSURE if self.cascade is not None else Reason.PRESSURE
 
 
 def choose(offer: Offer, terms: Callable[[], Terms], outlook: Outlook) -> Choice:
@@ -142,6 +158,10 @@ def _choose(offer: Offer, terms: Terms, outlook: Outlook) -> Choice:
         raise InvalidValue(
             f"No variant of this model has a quality of {terms.quality_floor:g} or more.", param="sluice.quality_floor"
         )
+    cascade = offer.model.cascade
+    if terms.policy is Policy.CASCADE and cascade is not None and _can_cascade(cascade, able, outlook):
+        steps: tuple[Step, ...] = (Step(((cascade.small,),)),)
+        return Choice(offer.model, steps, Reason.SURE, is_decided=True, headers=offer.headers, cascade=cascade)
     canary = offer.model.choosing.canary
     tried = None
     if canary is not None and terms.policy is not Policy.PINNED:
@@ -153,10 +173,14 @@ def _choose(offer: Offer, terms: Terms, outlook: Outlook) -> Choice:
     if tried is not None:
         ladder, reason = ((tried,), *(rung for rung in ladder if tried not in rung)), Reason.CANARY
     if terms.wait_s == inf or len(ladder) == 1:
-        steps: tuple[Step, ...] = (Step((ladder[0],)),)
+        steps = (Step((ladder[0],)),)
     else:
         steps = _steps(ladder, terms.wait_s, outlook.level(offer.model, ladder))
     return Choice(offer.model, steps, reason, is_decided=True, headers=offer.headers)
+
+
+def _can_cascade(cascade: Cascade, able: Rung, outlook: Outlook) -> bool:
+    return all(one in able and outlook.serves(one) for one in (cascade.small, cascade.large))
 
 
 def _steps(ladder: Sequence[Rung], wait_s: float, level: int) -> tuple[Step, ...]:
@@ -175,7 +199,8 @@ def _ladder(variants: Rung, terms: Terms, outlook: Outlook) -> tuple[Sequence[Ru
         tuple([variant for _, variant in group]) for _, group in groupby(ranked, key=lambda item: key(item, terms))
     ]
     serving = [rung for rung in rungs if any(map(outlook.serves, rung))] or rungs
-    reason = Reason(terms.policy) if serving[0] is rungs[0] else Reason.UNAVAILABLE
+    policy = Policy.QUALITY if terms.policy is Policy.CASCADE else terms.policy
+    reason = Reason(policy) if serving[0] is rungs[0] else Reason.UNAVAILABLE
     if terms.policy is Policy.QUALITY and terms.ttft_s is not None:
         first = _in_time(serving, terms.ttft_s, outlook)
         if first:
@@ -192,6 +217,7 @@ def _in_time(rungs: Sequence[Rung], ttft_s: float, outlook: Outlook) -> int:
 # Rounded, so that what differs by the order of a sum only is equal.
 _KEYS: dict[Policy, Callable[[tuple[int, Variant], Terms], Any]] = {
     Policy.QUALITY: lambda item, terms: item[1].facts.quality,
+    Policy.CASCADE: lambda item, terms: item[1].facts.quality,
     Policy.ECONOMY: lambda item, terms: (-item[1].facts.cost, item[1].facts.quality),
     Policy.BALANCED: lambda item, terms: round(item[1].facts.quality - terms.cost_weight * item[1].facts.cost, 9),
     Policy.ANY: lambda item, terms: 0,

@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from app.catalogue import Manifest
 from tests.fakes.worker import FakeWorker
+from tests.integration.gateway.asking import renamed, unstamped
 from tests.integration.gateway.running import GatewayProcess, until
 from tests.unit.cards import card, quality
 
@@ -24,12 +25,16 @@ FACTS: dict[str, dict[str, Any]] = {
     "dense": {"quality": 1.0, "cost": 1.0},
     "small": {"quality": 0.8, "cost": 0.3},
     "bad": {},
+    "large": {"quality": 1.0},
 }
+SURE, UNSURE = " ".join(["blue"] * 8), " ".join(["sun"] * 8)
+"""What the fake model answers with a margin above 0.7 and below 0.35; half of it alone tells."""
+CASCADE = {"small": "small", "large": "large", "measure": "margin", "threshold": 0.45, "hold_tokens": 4}
 
 
 class Variants:
     """`m` has a dense variant with one slot and a small one, `tried` a canary, `gated` a variant that fails its gate,
-    and `spare` stands in for `m`. The tenant `eager` consents to lesser variants.
+    `stair` a cascade, and `spare` stands in for `m`. The tenant `eager` consents to lesser variants.
     """
 
     def __init__(self) -> None:
@@ -39,12 +44,15 @@ class Variants:
         self.canary = FakeWorker("tried:small")
         self.gated = FakeWorker("gated:dense")
         self.bad = FakeWorker("gated:bad")
+        self.low = FakeWorker("stair:small")
+        self.high = FakeWorker("stair:large")
         self.spare = FakeWorker("spare:dense")
         self.gateway: GatewayProcess
 
     @property
     def workers(self) -> tuple[FakeWorker, ...]:
-        return (self.dense, self.small, self.stable, self.canary, self.gated, self.bad, self.spare)
+        tried = self.stable, self.canary, self.gated, self.bad
+        return (self.dense, self.small, *tried, self.low, self.high, self.spare)
 
     def models(self, directory: Path) -> list[dict[str, Any]]:
         listed: dict[str, dict[str, Any]] = {}
@@ -61,6 +69,8 @@ class Variants:
             {"name": "gone", "sunset": "2026-01-01T00:00:00Z"},
         ]
         m |= {"ttft_target_s": 0.3, "calm_s": 0.5, "aliases": aliases, "fallbacks": ["spare"]}
+        listed["stair"]["cascade"] = CASCADE
+        listed["stair"]["variants"][1]["workers"][0]["max_concurrency"] = 1
         tried["canary"] = {"variant": "small", "percent": PERCENT}
         made: dict[str, Any] = {"model": "gated", "variant": "bad", "base": "b", "recipe": "r", "weights_bytes": 1}
         Manifest(**made, parameters_count=1, card=card(quality(0.1))).write(directory)
@@ -68,9 +78,14 @@ class Variants:
         return list(listed.values())
 
     async def ask(
-        self, model: str, tenant: str = "strict", headers: dict[str, str] | None = None, **fields: Any
-    ) -> Any:
-        body = {"model": model, "messages": [{"role": "user", "content": "hello"}], **fields}
+        self,
+        model: str,
+        tenant: str = "strict",
+        headers: dict[str, str] | None = None,
+        text: str = "hello",
+        **fields: Any,
+    ) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], **fields}
         sent = {"x-sluice-tenant": tenant, **(headers or {})}
         return await self.gateway.http.post("/v1/chat/completions", json=body, headers=sent)
 
@@ -95,7 +110,7 @@ async def _variants(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[V
         variants.gateway = GatewayProcess(
             directory,
             variants.models(directory),
-            tenants=[{"name": "eager", "degrade": True}, {"name": "thrifty", "policy": "economy"}],
+            tenants=[{"name": "eager", "degrade": True}, {"name": "thrifty", "policy": "economy"}, {"name": "stairs"}],
             admission={"trust_tenant_header": True, "queue_timeout_s": 10},
         )
         await stack.enter_async_context(variants.gateway)
@@ -222,6 +237,82 @@ async def test_steps_down_rather_than_wait_and_up_again(variants: Variants) -> N
 
 async def steps(variants: Variants, reason: str) -> float:
     return (await variants.gateway.scrape()).sum("sluice_variant_steps_total", reason=reason, model="m")
+
+
+async def doubted(variants: Variants, text: str, **fields: Any) -> httpx.Response:
+    answer = await variants.ask("stair", "stairs", text=text, headers={"x-sluice-policy": "cascade"}, **fields)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def same(answer: httpx.Response) -> bytes:
+    """The body, without what differs from one request to the next."""
+    return renamed(unstamped(answer.content), answer.headers["x-request-id"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_cascade_asks_the_large_variant_where_the_small_one_is_not_sure(
+    variants: Variants, stream: bool
+) -> None:
+    plain = await variants.ask("stair:small", text=SURE, stream=stream)
+    before, asked = await variants.gateway.scrape(), variants.high.counts.seen
+    sure = await doubted(variants, SURE, stream=stream)
+    assert served_by(sure) == ("small", "sure")
+    assert variants.low.requests[-1].body["top_logprobs"] == 5
+    if stream:
+        assert "logprobs" in sure.text
+        assert '"logprobs":{' not in sure.text
+        assert sure.text.count("blue") == plain.text.count("blue")
+        assert sure.text.endswith("data: [DONE]\n\n")
+    else:
+        assert same(sure) == same(plain)
+    unsure = await doubted(variants, UNSURE, stream=stream)
+    assert served_by(unsure) == ("large", "unsure")
+    assert variants.high.counts.seen == asked + 1
+    assert same(unsure) == same(await variants.ask("stair:large", text=UNSURE, stream=stream))
+    await variants.low.wait_for(open=0)
+    after = await variants.gateway.scrape()
+
+    def grown(name: str, **labels: str) -> float:
+        return after.sum(name, **labels) - before.sum(name, **labels)
+
+    assert grown("sluice_variant_choices_total", reason="sure") == 1
+    assert grown("sluice_variant_choices_total", reason="unsure") == 1
+    assert grown("sluice_tenant_requests_total", tenant="stairs") == 2
+    small, large = (grown("sluice_generation_tokens_total", model="stair", variant=name) for name in ("small", "large"))
+    assert small >= (13 if stream else 18)  # of a stream that is given up, what had come of it
+    assert large == 18  # with the one that asked for the large variant by its name
+    assert grown("sluice_tenant_tokens_total", tenant="stairs", direction="output") == small + large - 9
+
+
+async def test_who_asks_for_logprobs_gets_as_many_as_were_asked_for(variants: Variants) -> None:
+    asked = {"logprobs": True, "top_logprobs": 2}
+    for stream in (False, True):
+        sure = await doubted(variants, SURE, stream=stream, **asked)
+        assert served_by(sure) == ("small", "sure")
+        plain = await variants.ask("stair:small", text=SURE, stream=stream, **asked)
+        if stream:
+            assert sure.text.count('"logprob":') == plain.text.count('"logprob":')
+        else:
+            assert sure.json()["choices"] == plain.json()["choices"]
+
+
+async def test_an_unsure_answer_is_kept_where_there_is_no_better_one_in_time(variants: Variants) -> None:
+    variants.high.hold()
+    held = asyncio.create_task(variants.ask("stair:large"))
+    await variants.high.wait_for(open=1)
+    answer = await variants.ask(
+        "stair", text=UNSURE, headers={"x-sluice-policy": "cascade", "x-sluice-timeout-ms": "500"}
+    )
+    assert served_by(answer) == ("small", "kept")
+    variants.high.resume()
+    await held
+
+
+async def test_what_cannot_be_weighed_comes_from_the_best_variant(variants: Variants) -> None:
+    assert served_by(await doubted(variants, SURE, n=2)) == ("large", "quality")
+    answer = await variants.ask("m", headers={"x-sluice-policy": "cascade"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "sluice.policy")
 
 
 async def test_what_has_no_worker_is_passed_over_and_then_another_model_serves(variants: Variants) -> None:
