@@ -16,6 +16,7 @@ from app.routing.chooser import Chooser
 from app.routing.prefix_index import Blocks
 from app.routing.router import Router
 from app.routing.variant_choice import Choice
+from app.shadow import Shadows
 from app.telemetry.account import Account, Accounts
 from app.workers.registry import Registry
 
@@ -34,6 +35,7 @@ class Gateway:
         admission: Admission,
         relay: Relay,
         accounts: Accounts,
+        shadows: Shadows,
         clock: Callable[[], float],
     ) -> None:
         self._chooser = chooser
@@ -42,6 +44,7 @@ class Gateway:
         self._admission = admission
         self._relay = relay
         self._accounts = accounts
+        self._shadows = shadows
         self._clock = clock
 
     async def serve(self, request: InferenceRequest) -> Reply:
@@ -63,6 +66,8 @@ class Gateway:
         except BaseException as error:
             _release(lease, account, error)
             raise
+        if choice.model.choosing.shadow is not None:
+            answer = self._shadows.follow(answer, request, choice.model, variant, account)
         return Reply(answer, lease, variant, choice, account, self._note, blocks)
 
     async def _admit(self, request: InferenceRequest, choice: Choice) -> tuple[Lease, tuple[str, ...], Blocks]:

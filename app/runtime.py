@@ -29,6 +29,7 @@ from app.relay.relay import Relay
 from app.routing.chooser import Chooser
 from app.routing.router import Router
 from app.settings import Health, Settings, is_loopback
+from app.shadow import Shadows
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_audit, open_log
 from app.telemetry.metrics import Metrics, open_metrics
@@ -88,7 +89,8 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     relay = Relay(registry, settings.relay, metrics, clock)
     accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
     chooser = Chooser(catalogue, registry, accounts.paces, metrics, clock, time.time)
-    gateway = Gateway(chooser, registry, router, admission, relay, accounts, clock)
+    shadows = Shadows(lambda: len(admission.roster.waiting), metrics, clock)
+    gateway = Gateway(chooser, registry, router, admission, relay, accounts, shadows, clock)
     gauges = Gauges(metrics, registry, admission, capacity)
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
@@ -123,7 +125,8 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     )
     try:
         async with directory.running(), admission.running(), monitor.running(), gauges.refreshed(), _running(batches):
-            yield runtime
+            async with shadows.running(gateway.serve):
+                yield runtime
     finally:
         if registrar is not None:
             await registrar.aclose()

@@ -271,6 +271,16 @@ class Canary(Part):
     percent: float = Field(ge=0, le=100, description="of sessions, else users, else tenants: each keeps its side")
 
 
+class Shadow(Part):
+    """A variant that gets copies of requests, whose answers are compared and never returned."""
+
+    variant: str
+    percent: float = Field(1, ge=0, le=100, description="of the requests that other variants answer")
+    concurrency: int = Field(
+        1, ge=1, le=64, description="copies under way, in each process; what comes then is dropped"
+    )
+
+
 class Cascade(Part):
     """A small variant that answers first, and a large one that answers where the small one is not sure.
 
@@ -310,6 +320,7 @@ class Choosing(Lifetime):
     calm_s: float = Field(5, gt=0, le=3600, description="without pressure, before requests step up again")
     canary: Canary | None = None
     cascade: Cascade | None = None
+    shadow: Shadow | None = None
     fallbacks: tuple[str, ...] = Field((), max_length=8, description="models that serve while this one has no worker")
     aliases: tuple[Alias, ...] = ()
 
@@ -343,6 +354,8 @@ class Model(Choosing):
         named = [alias.variant for alias in self.aliases if alias.variant]
         if self.canary:
             named.append(self.canary.variant)
+        if self.shadow:
+            named.append(self.shadow.variant)
         if self.cascade:
             named += [self.cascade.small, self.cascade.large]
         elif self.policy == "cascade":

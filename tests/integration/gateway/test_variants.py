@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class Variants:
         ]
         m |= {"ttft_target_s": 0.3, "calm_s": 0.5, "aliases": aliases, "fallbacks": ["spare"]}
         listed["stair"]["cascade"] = CASCADE
+        tried["shadow"] = {"variant": "small", "percent": 100}
         listed["stair"]["variants"][1]["workers"][0]["max_concurrency"] = 1
         tried["canary"] = {"variant": "small", "percent": PERCENT}
         made: dict[str, Any] = {"model": "gated", "variant": "bad", "base": "b", "recipe": "r", "weights_bytes": 1}
@@ -286,7 +287,7 @@ async def test_a_cascade_asks_the_large_variant_where_the_small_one_is_not_sure(
 
 
 async def test_who_asks_for_logprobs_gets_as_many_as_were_asked_for(variants: Variants) -> None:
-    asked = {"logprobs": True, "top_logprobs": 2}
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 2}
     for stream in (False, True):
         sure = await doubted(variants, SURE, stream=stream, **asked)
         assert served_by(sure) == ("small", "sure")
@@ -313,6 +314,51 @@ async def test_what_cannot_be_weighed_comes_from_the_best_variant(variants: Vari
     assert served_by(await doubted(variants, SURE, n=2)) == ("large", "quality")
     answer = await variants.ask("m", headers={"x-sluice-policy": "cascade"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "sluice.policy")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_shadow_is_compared_and_never_returned(variants: Variants, stream: bool) -> None:
+    before, seen = await variants.gateway.scrape(), variants.canary.counts.seen
+    name = "sluice_shadow_requests_total"
+
+    async def shadows(outcome: str) -> float:
+        return (await variants.gateway.scrape()).sum(name, outcome=outcome) - before.sum(name, outcome=outcome)
+
+    answer = await variants.ask("tried:dense", "stairs", text=UNSURE, stream=stream, max_tokens=4)
+    assert served_by(answer) == ("dense", "pinned")
+
+    async def is_compared() -> bool:
+        return await shadows("compared") == 1
+
+    await until(is_compared, "a copy compared")
+    copy = variants.canary.requests[-1].body
+    assert (copy["messages"], copy["max_tokens"], copy.get("stream")) == (
+        [{"role": "user", "content": UNSURE}], 4, None,
+    )  # fmt: skip
+    after = await variants.gateway.scrape()
+    one = {"model": "tried", "variant": "small"}
+    assert after.sum("sluice_shadow_agreement_ratio_sum", **one) - before.sum(
+        "sluice_shadow_agreement_ratio_sum", **one
+    ) == pytest.approx(1.0)
+    assert (
+        after.sum("sluice_requests_total", **one, band="batch")
+        == before.sum("sluice_requests_total", **one, band="batch") + 1
+    )
+    assert (
+        after.sum("sluice_tenant_requests_total", tenant="stairs")
+        == before.sum("sluice_tenant_requests_total", tenant="stairs") + 1
+    )
+    variants.canary.hold()
+    for text in ("one", "two"):
+        await variants.ask("tried:dense", text=text, stream=stream)
+    assert await shadows("dropped") == 1
+    variants.canary.resume()
+    await until(lambda: _is(shadows, "compared", 2), "the copy that was held")
+    assert variants.canary.counts.seen == seen + 2
+
+
+async def _is(count: Callable[[str], Awaitable[float]], outcome: str, expected: float) -> bool:
+    return await count(outcome) == expected
 
 
 async def test_what_has_no_worker_is_passed_over_and_then_another_model_serves(variants: Variants) -> None:
