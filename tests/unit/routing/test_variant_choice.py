@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import settings
-from app.catalogue import Catalogue, Model, Offer, Variant, VariantFacts
+from app.card import Uncertainty, UncertaintyStep
+from app.catalogue import Cascade, Catalogue, Model, Offer, Variant, VariantFacts, threshold_of
 from app.errors import InvalidValue, ModelNotFound
 from app.preference import Policy, Preference
 from app.routing.variant_choice import CALM_MAX, Choice, Ladder, Reason, Rung, Terms, choose, point_of
@@ -165,7 +166,7 @@ FACTS = st.builds(
 
 @given(
     st.lists(FACTS, min_size=2, max_size=5),
-    st.sampled_from(list(Policy)),
+    st.sampled_from([policy for policy in Policy if policy is not Policy.CASCADE]),
     st.booleans(),
     st.one_of(st.none(), st.booleans()),
     st.sampled_from([0.0, 0.5, 0.95]),
@@ -210,6 +211,26 @@ def test_every_choice(
     serving = [one for one in able if one.name not in gone]
     if len(offered.variants) > 1 and [one for one in serving if one.name != "v0"]:
         assert any(one in serving for one in choice.meant)
+
+
+def test_a_cascade_needs_both_of_its_variants() -> None:
+    given = settings.Cascade(small="w8a8", large="dense", threshold=0.5)
+    model = Model("m", MEASURED, settings.Choosing(cascade=given))
+    step = UncertaintyStep(threshold=0.5, escalated_share=0.3, expected_quality=0.9, agreement=0.8)
+    calibrated = Uncertainty(measure="entropy", window_tokens=8, top_logprobs=5, items=10, table=(step,))
+    cascade = Cascade(W8A8, DENSE, calibrated, 0.5, 8)
+    offered = Offer(replace(model, cascade=cascade), MEASURED, is_pinned=False)
+    choice = chosen(offered, policy=Policy.CASCADE)
+    assert (names(choice), choice.cascade) == ([["w8a8"]], cascade)
+    assert [choice.reason_for(one) for one in (W8A8, DENSE)] == [Reason.SURE, Reason.UNSURE]
+    for gone, first in (("w8a8", "dense"), ("dense", "w8a8")):
+        alone = chosen(offered, now=Now(gone=frozenset({gone})), policy=Policy.CASCADE)
+        assert (names(alone), alone.cascade) == ([[first]], None)
+    with pytest.raises(InvalidValue):
+        chosen(offer(*MEASURED), policy=Policy.CASCADE)
+    assert names(chosen(offer(*MEASURED, policy="economy"), Tenant("t", policy=Policy.CASCADE))) == [["w8a8"]]
+    assert threshold_of(calibrated, 0.9) == 0.5
+    assert threshold_of(calibrated, 0.95) == 0.0
 
 
 def test_a_ladder_opens_at_once_and_closes_after_a_calm() -> None:
