@@ -154,7 +154,8 @@ def run_in_recipes(home: Home, arguments: Sequence[str], step: Step) -> None:
     with tempfile.TemporaryDirectory(prefix="sluice-") as path:
         Path(path, PACKAGE.name).symlink_to(PACKAGE)
         try:
-            environ = {"PYTHONPATH": path, **KEEP_BYTECODE}
+            # Threads that wait must not spin: on a busy machine they would take the time of those they wait for.
+            environ = {"PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE", **KEEP_BYTECODE}
             run_command([python, "-m", *arguments], environ, home.logs / PREPARATION_LOG, on_line=reader.read)
         except LaunchError as error:
             raise LaunchError(reader.error or str(error)) from None
