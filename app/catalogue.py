@@ -6,6 +6,7 @@ of either. The catalogue is immutable; a reload builds a new one.
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -47,7 +48,10 @@ class Manifest(BaseModel):
     card: Card | None = Field(None, description="what `sluice evaluate` measured")
 
     def write(self, directory: Path) -> None:
-        (directory / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Replaces what is there at once: a reader sees the old manifest or the new one."""
+        beside = directory / f".{MANIFEST_FILE}.{os.getpid()}"
+        beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        beside.replace(directory / MANIFEST_FILE)
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
