@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
+import httpx
 import uvloop
 
 from app.errors import ConfigurationError
@@ -26,6 +27,10 @@ from loadtest.batch_yields import YieldPlan
 from loadtest.batch_yields import figures as yield_figures
 from loadtest.batch_yields import measure as measure_yield
 from loadtest.bench import Cores, Findings, Plan, bench
+from loadtest.cascade import CascadePlan
+from loadtest.cascade import figures as cascade_figures
+from loadtest.cascade import measure as measure_cascade
+from loadtest.cascade import section as cascade_section
 from loadtest.conversations import Workload
 from loadtest.cpu import split_cores, usable_cores
 from loadtest.elastic import ElasticPlan, forms_of
@@ -155,6 +160,27 @@ def order_command(requests: int, seeds: int, output: Path | None) -> None:
     results = measure_order(plan, tuple(MIXES), seeds=seeds)
     print("\n" + order_figures(results))
     _write(output or RESULTS, order_section(results, plan, seeds))
+
+
+@main.command("cascade")
+@click.option("--small", default=CascadePlan.small, show_default=True, help="The variant that answers first.")
+@click.option("--large", default=CascadePlan.large, show_default=True)
+@click.option(
+    "--questions", type=click.IntRange(4, 500), default=CascadePlan.count, show_default=True, help="Per task."
+)
+@click.option("--share", type=click.FloatRange(0, 1), default=CascadePlan.share, help="Escalated by the gateway's own.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
+def cascade_command(small: str, large: str, questions: int, share: float, output: Path | None) -> None:
+    """Share escalated, quality and cost of a cascade, on two real vLLM workers (5 GiB, two cores, some 10 minutes)."""
+    plan = CascadePlan(small=small, large=large, count=questions, share=share)
+    try:
+        found = uvloop.run(_cancelled_by_sigterm(measure_cascade(plan)))
+    except asyncio.CancelledError:
+        raise click.Abort from None
+    except (ProcessError, httpx.HTTPError) as error:
+        raise click.ClickException(str(error)) from None
+    print("\n" + cascade_figures(found))
+    _write(output or RESULTS, cascade_section(found, plan, versions()))
 
 
 @main.command("elastic")
