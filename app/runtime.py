@@ -27,9 +27,11 @@ from app.errors import KeyRevoked, ModelNotFound
 from app.gateway import Gateway
 from app.relay.relay import Relay
 from app.reload import Reload, Source
+from app.routing.chooser import Chooser
 from app.routing.router import Router
 from app.served import Served
 from app.settings import Health, Settings, is_loopback
+from app.shadow import Shadows
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_audit, open_log
 from app.telemetry.metrics import Metrics, open_metrics
@@ -96,7 +98,9 @@ async def open_runtime(
     registry.listen(router.changed)
     relay = Relay(registry, settings.relay, metrics, clock)
     accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
-    gateway = Gateway(catalogue, registry, router, admission, relay, accounts)
+    chooser = Chooser(catalogue, registry, accounts.paces, metrics, clock, time.time)
+    shadows = Shadows(lambda: len(admission.roster.waiting), metrics, clock)
+    gateway = Gateway(chooser, registry, router, admission, relay, accounts, shadows, clock)
     gauges = Gauges(metrics, registry, admission, capacity)
     registry.follow(capacity)
     registry.follow(gauges)
@@ -148,6 +152,7 @@ async def open_runtime(
             monitor.running(),
             gauges.refreshed(),
             _running(batches),
+            shadows.running(gateway.serve),
         ):
             yield runtime
     finally:
