@@ -73,6 +73,11 @@ class Order:
     def tasks(self) -> dict[TaskName, list[Item]]:
         return {task: items(task, self.items, self.seed) for task in TASKS} if self.items else {}
 
+    @property
+    def needs_worker(self) -> bool:
+        """Text is compared without one, tasks and speed are not."""
+        return self.wants("speed") or self.items > 0
+
     def wants(self, part: Part) -> bool:
         return self.only in {None, part}
 
@@ -126,11 +131,12 @@ class Evaluation:
         self._text = offline.Text.at(order.texts)
         self._machine = inspect_machine()
         self._choice = choose_engine(order.engine, order.home, self._machine)
+        self._has_experts = any(activated_share(sibling.directory) < 1 for sibling in siblings)
         self._peaks: tuple[float, float] | None = None
 
     def cards(self) -> list[Sibling]:
         """The siblings with their cards, each written as soon as it is known."""
-        self._steps.expect(len(self._siblings) + self._order.wants("quality"))
+        self._steps.expect(len(self._siblings) * self._order.needs_worker + self._order.wants("quality"))
         self._install()
         texts = self._texts()
         dense_heard: Heard | None = None
@@ -143,8 +149,11 @@ class Evaluation:
 
     def _install(self) -> None:
         """The environments that are missing, after what is asked of them is known to be possible."""
-        require_installed(self._choice)
-        wanted: list[Environment] = [RECIPES]
+        wanted: list[Environment] = []
+        if self._order.needs_worker:
+            require_installed(self._choice)
+        if self._order.wants("quality") or self._has_experts:
+            wanted.append(RECIPES)
         if self._order.wants("quality") and self._order.items:
             wanted.append(HARNESS)
         with locked(make_directory(self._order.home.root) / "lock"):
@@ -163,6 +172,8 @@ class Evaluation:
 
     def _run(self, sibling: Sibling) -> Run:
         """What cannot be served is part of the result, with the engine's reason."""
+        if not self._order.needs_worker:
+            return Run()
         with self._steps.step(f"Measuring {sibling.public_name}") as step:
             try:
                 return self._measured(sibling, step)
@@ -214,8 +225,12 @@ class Evaluation:
 
     def _known_peaks(self, step: Step) -> tuple[float, float] | None:
         """Measured once, and only where a mixture of experts is among the variants: nothing else is held against it."""
-        sparse = any(activated_share(sibling.directory) < 1 for sibling in self._siblings)
-        if self._peaks is None and sparse and self._choice.engine is Engine.CPU and self._order.wants("speed"):
+        if (
+            self._peaks is None
+            and self._has_experts
+            and self._choice.engine is Engine.CPU
+            and self._order.wants("speed")
+        ):
             step.note("the machine's peaks")
             self._peaks = offline.peaks(self._order.home, step)
         return self._peaks
