@@ -113,6 +113,7 @@ class Variant:
     workers: tuple[WorkerAddress, ...]
     quantization: str | None = None
     context_length: int | None = None
+    card: Card | None = None
     resumes: bool = False
     facts: VariantFacts = VariantFacts()
 
@@ -311,6 +312,7 @@ def _variant(
         workers=tuple(_worker(f"{model.name}:{configured.name}", worker, contexts) for worker in configured.workers),
         quantization=configured.quantization or (manifest.quantization if manifest else None),
         context_length=manifest.context_length if manifest else None,
+        card=manifest.card if manifest else None,
         resumes=model.resume,
         facts=facts,
     )
