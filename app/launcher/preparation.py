@@ -29,6 +29,8 @@ from app.launcher.progress import Step, Steps
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DEFAULT_VARIANTS = ("w8a8",)
+# Threads that wait for each other sleep instead of spinning: on a machine that serves as well, spinning takes most.
+YIELD_CORES = {"OMP_WAIT_POLICY": "passive"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,9 @@ class Workshop:
         with tempfile.TemporaryDirectory(prefix="sluice-") as path:
             Path(path, PACKAGE.name).symlink_to(PACKAGE)
             try:
-                run_command(arguments, {"PYTHONPATH": path, **KEEP_BYTECODE}, self._log, on_line=reader.read)
+                run_command(
+                    arguments, {"PYTHONPATH": path, **KEEP_BYTECODE, **YIELD_CORES}, self._log, on_line=reader.read
+                )
             except LaunchError as error:
                 raise LaunchError(reader.error or str(error)) from None
 
