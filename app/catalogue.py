@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app import settings
+from app.card import Card
 from app.credentials import TlsContexts, read_secret
 from app.errors import ConfigurationError, ModelNotFound
 from app.tenant import ANONYMOUS, Tenant
@@ -67,6 +68,7 @@ class Manifest(BaseModel):
     quantization: str | None = None
     context_length: int | None = Field(None, ge=1, description="tokens")
     calibration_sha256: str | None = Field(None, description="of the calibration text, where the recipe read any")
+    card: Card | None = Field(None, description="what `sluice evaluate` measured")
 
     @staticmethod
     def weigh(directory: Path) -> dict[str, WeightsFile]:
