@@ -400,6 +400,8 @@ def run_recipe(
     recipe = find_recipe(recipe_name)
     parameters = recipe.with_defaults(dict(assignment(text) for text in settings))
     if calibration:
+        if not recipe.calibrates:
+            raise ConfigurationError(f"--calibration: recipe {recipe.name!r} needs no text")
         read_calibration(calibration)
     order = Order(
         base=resolve_base(model, name),

@@ -159,6 +159,13 @@ def test_facts_are_read_from_the_headers(tmp_path: Path) -> None:
     assert (facts.quantization, facts.context_length) == ("compressed-tensors", 512)
 
 
+def test_packed_weights_count_as_what_they_hold(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    names = {"q.weight_packed": [64, 8], "q.weight_scale": [64, 1], "q.weight_shape": [2]}
+    write_safetensors(tmp_path / "a.safetensors", names)
+    assert read_facts(tmp_path).parameters_count == 64 * 64
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
