@@ -49,6 +49,14 @@ def test_the_manifest_says_how_it_was_made(facts: Facts, calibration_sha256: str
     assert sum(file["size_bytes"] for file in manifest["weights"].values()) == manifest["weights_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "doing"),
+    [("w4a16", "quantizing to INT4"), ("mixed", "quantizing by block"), ("sparse", "zeroing weights")],
+)
+def test_progress_goes_block_by_block(facts: Facts, name: str, doing: str) -> None:
+    assert facts[name]["reported"][doing] == [BLOCKS, BLOCKS]
+
+
 @pytest.mark.parametrize("name", ["moe4", "moe4-keep2", "moe4-top1"])
 def test_copied_experts_answer_exactly_as_the_dense_model(facts: Facts, name: str) -> None:
     """Up to float32's rounding, on logits of a size of about ten."""

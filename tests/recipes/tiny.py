@@ -81,23 +81,26 @@ def short_text(root: Path) -> Path:
 
 
 def made(name: str, base: Path, output: Path, **given: str) -> dict[str, Any]:
-    make(name, base, output, given)
+    reported = make(name, base, output, given)
     manifest = Manifest.read(output)
     manifest.require_weights(output)
-    facts: dict[str, Any] = {"manifest": manifest.model_dump(mode="json")}
+    facts: dict[str, Any] = {"manifest": manifest.model_dump(mode="json"), "reported": reported}
     facts["config"] = json.loads((output / "config.json").read_text())
     if not manifest.quantization:
         facts |= compared(base, output)
     return facts
 
 
-def make(name: str, base: Path, output: Path, given: dict[str, str], text: Path | None = None) -> None:
+def make(name: str, base: Path, output: Path, given: dict[str, str], text: Path | None = None) -> dict[str, Any]:
+    """What it reported last of each thing that it did: (completed, total)."""
     chain = find_recipe(name)
     known = {parameter.name for recipe in chain.recipes for parameter in recipe.parameters}
     parameters = chain.with_defaults({key: text for key, text in {**SMALL, **given}.items() if key in known})
     output.mkdir()
     order = Order(chain, parameters, str(base), "tiny", output, "tiny", name, text)
-    make_variant(order, lambda _doing, _completed, _total: None)
+    reported: dict[str, Any] = {}
+    make_variant(order, lambda doing, completed, total: reported.update({doing: (completed, total)}))
+    return reported
 
 
 def refused(name: str, base: Path, output: Path, text: Path | None = None, **given: str) -> str:
