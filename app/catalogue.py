@@ -106,6 +106,13 @@ class Manifest(BaseModel):
             first = error.errors(include_url=False)[0]
             raise ConfigurationError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
+    @classmethod
+    def read_checked(cls, directory: Path) -> Manifest:
+        """The manifest in `directory`, which is about the weights there. Raises ConfigurationError."""
+        manifest = cls.read(directory)
+        manifest.require_weights(directory)
+        return manifest
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
@@ -196,7 +203,7 @@ def _model(configured: settings.Model, contexts: TlsContexts) -> Model:
 
 
 def _variant(model: settings.Model, configured: settings.Variant, contexts: TlsContexts) -> Variant:
-    manifest = _manifest(configured.manifest.parent) if configured.manifest else None
+    manifest = _manifest(configured)
     return Variant(
         model=model.name,
         name=configured.name,
@@ -207,10 +214,8 @@ def _variant(model: settings.Model, configured: settings.Variant, contexts: TlsC
     )
 
 
-def _manifest(directory: Path) -> Manifest:
-    manifest = Manifest.read(directory)
-    manifest.require_weights(directory)
-    return manifest
+def _manifest(configured: settings.Variant) -> Manifest | None:
+    return Manifest.read_checked(configured.manifest.parent) if configured.manifest else None
 
 
 def _worker(public_name: str, configured: settings.Worker, contexts: TlsContexts) -> WorkerAddress:

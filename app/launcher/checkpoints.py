@@ -98,9 +98,7 @@ def read_checkpoint(directory: Path, model: str) -> Checkpoint:
     if not weights:
         raise LaunchError(f"{directory}: no weights in there")
     path = directory / MANIFEST_FILE
-    manifest = Manifest.read(directory) if path.is_file() else None
-    if manifest:
-        manifest.require_weights(directory)
+    manifest = Manifest.read_checked(directory) if path.is_file() else None
     quantization = manifest.quantization if manifest else _quantization(config)
     return Checkpoint(
         model=model,
