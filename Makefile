@@ -66,6 +66,6 @@ dashboards: install  ## Write deploy/grafana/dashboards again from their code
 
 locks: install  ## Write the locks again from pyproject.toml and deploy/locks/*.in
 	$(COMPILE) --generate-hashes pyproject.toml --extra up --group dev -o $(LOCK)
-	for name in worker-cpu recipes; do \
+	for name in worker-cpu recipes harness; do \
 	  $(COMPILE) $(TORCH) --override deploy/locks/overrides.txt deploy/locks/$$name.in -o deploy/locks/$$name.txt || exit 1; \
 	done

@@ -7,6 +7,7 @@ one.
 from __future__ import annotations
 
 import hashlib
+import os
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,10 @@ class Manifest(BaseModel):
             )
 
     def write(self, directory: Path) -> None:
-        (directory / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Replaces what is there at once: a reader sees the old manifest or the new one."""
+        beside = directory / f".{MANIFEST_FILE}.{os.getpid()}"
+        beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        beside.replace(directory / MANIFEST_FILE)
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -145,6 +149,7 @@ class Variant:
     workers: tuple[WorkerAddress, ...]
     quantization: str | None = None
     context_length: int | None = None
+    card: Card | None = None
     resumes: bool = False
 
     @property
@@ -210,6 +215,7 @@ def _variant(model: settings.Model, configured: settings.Variant, contexts: TlsC
         workers=tuple(_worker(f"{model.name}:{configured.name}", worker, contexts) for worker in configured.workers),
         quantization=configured.quantization or (manifest.quantization if manifest else None),
         context_length=manifest.context_length if manifest else None,
+        card=manifest.card if manifest else None,
         resumes=model.resume,
     )
 

@@ -19,7 +19,7 @@ from app.errors import ConfigurationError, SluiceError
 if TYPE_CHECKING:
     from app.launcher.home import Home
     from app.launcher.serving import ReadyKeys
-    from app.settings import Settings
+    from app.settings import QualityGate, Settings
     from app.tenancy.keys import Issued
     from app.tenancy.registrar import Registrar
 
@@ -67,6 +67,15 @@ Examples:
   sluice compress smollm2 --recipe w8a8 --output ./smollm2-w8a8
   sluice compress smollm2 --recipe depth+heal+w8a8 --parameter drop=6 --output ./smollm2-small
   sluice compress ORG/MODEL --recipe w4a16 --calibration ./texts.jsonl --output ./model-w4a16
+"""
+
+
+EVALUATE_EXAMPLES = """
+\b
+Examples:
+  sluice evaluate smollm2 --output ./cards                 all its variants; the page is ./cards/variants.md
+  sluice evaluate smollm2 --variants w8a8 --only speed     measure speed anew, keep the quality
+  sluice evaluate ./made --report --output ./cards         only the page, from cards that are there
 """
 
 
@@ -419,6 +428,58 @@ def assignment(text: str) -> tuple[str, str]:
     if not (name and equals):
         raise ConfigurationError(f"--parameter {text}: expected NAME=VALUE")
     return name, value
+
+
+@main.command(epilog=EVALUATE_EXAMPLES)
+@click.argument("model")
+@click.option("--variants", metavar="A,B", default="", help="Which to measure, beside dense.  [default: all there are]")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory for variants.md and its picture.")
+@click.option("--report", is_flag=True, help="Measure nothing: write the page from cards that are there.")
+@click.option("--only", type=click.Choice(["quality", "speed"]), help="Measure this anew, keep the rest of each card.")
+@click.option("--texts", type=click.Path(path_type=Path), help="Text to compare on (JSON Lines with a `text`).")
+@click.option(
+    "--items", type=click.IntRange(0, 1000), default=40, show_default=True, help="Of each task; 0 for no tasks."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of items and resampling.")
+@click.option(
+    "--price-per-hour", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Of the machine, USD."
+)
+@click.option("--config", type=click.Path(path_type=Path), help="Configuration whose quality_gate of MODEL applies.")
+@click.option("--engine", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@home_option
+def evaluate(
+    home: Path | None, model: str, variants: str, engine: str, config: Path | None, output: Path | None, **given: Any
+) -> None:
+    """Measure the variants of MODEL (a name, or a directory of variants) and write their cards into their manifests."""
+    with require_extra("up"):
+        from rich.console import Console
+
+        from app.evaluation.evaluate import Order
+        from app.evaluation.evaluate import evaluate as run_evaluation
+        from app.launcher.progress import Steps
+    order = Order(
+        home=home_at(home), model=model, variants=listed(variants), output=output.absolute() if output else None,
+        engine=engine_named(engine), thresholds=quality_gate(config, model), **given,
+    )  # fmt: skip
+    if page := run_evaluation(order, Steps(Console(stderr=True))):
+        click.echo(page)
+
+
+def quality_gate(config: Path | None, model: str) -> QualityGate:
+    """The configured thresholds of `model`. Raises ConfigurationError where it is not configured."""
+    from app.settings import QualityGate, load_settings
+
+    if config is None:
+        return QualityGate()
+    settings = load_settings(config)
+    found = next((one.quality_gate for one in settings.models if one.name == model), None)
+    if found is None:
+        raise ConfigurationError(f"{config}: models: {model!r} is not among them")
+    return found
+
+
+def listed(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def variant_names(text: str) -> tuple[str, ...]:

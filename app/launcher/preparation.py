@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +29,7 @@ from app.launcher.progress import Step, Steps
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DEFAULT_VARIANTS = ("w8a8",)
-# Threads that wait for each other sleep instead of spinning: on a machine that serves as well, spinning takes most.
-YIELD_CORES = {"OMP_WAIT_POLICY": "passive"}
+PREPARATION_LOG = "prepare.log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class Workshop:
     def __init__(self, home: Home, installer: Installer) -> None:
         self._home = home
         self._installer = installer
-        self._log = make_directory(home.logs) / "prepare.log"
+        self._log = make_directory(home.logs) / PREPARATION_LOG
 
     def survey(self, base: Base, variants: tuple[str, ...], environments: tuple[Environment, ...]) -> Work:
         """What has to be made before `variants` of `base` (none: the default ones) can be served.
@@ -148,29 +147,37 @@ class Workshop:
             yield str(files[0])
 
     def _cook(self, order: Order, source: str, stage: Path, step: Step) -> None:
-        """`python -m app.recipes` in its own environment, which sees this package alone, through a link."""
         arguments = [
-            str(self._home.environment(RECIPES.name) / "bin" / "python"), "-m", "app.recipes", order.recipe,
+            "app.recipes", order.recipe,
             "--base", source, "--base-name", order.base.label, "--output", str(stage),
             "--model", order.base.model, "--variant", order.variant, "--parameters", json.dumps(dict(order.parameters)),
         ]  # fmt: skip
         if order.calibration:
             arguments += ["--calibration", str(order.calibration)]
-        reader = ProgressReader(step)
-        with tempfile.TemporaryDirectory(prefix="sluice-") as path:
-            Path(path, PACKAGE.name).symlink_to(PACKAGE)
-            try:
-                run_command(
-                    arguments, {"PYTHONPATH": path, **KEEP_BYTECODE, **YIELD_CORES}, self._log, on_line=reader.read
-                )
-            except LaunchError as error:
-                raise LaunchError(reader.error or str(error)) from None
+        run_in_recipes(self._home, arguments, step)
 
     def _runner(self, step: Step, expected_bytes: int | None) -> Run:
         def run(command: list[str], environ: Mapping[str, str]) -> None:
             run_command(command, environ, self._log, on_written=lambda done: step.reached(done, expected_bytes))
 
         return run
+
+
+def run_in_recipes(home: Home, arguments: Sequence[str], step: Step) -> None:
+    """`python -m ARGUMENTS` in the recipes environment, which sees this package alone, through a link.
+
+    Raises LaunchError with the module's own words.
+    """
+    python = str(home.environment(RECIPES.name) / "bin" / "python")
+    reader = ProgressReader(step)
+    with tempfile.TemporaryDirectory(prefix="sluice-") as path:
+        Path(path, PACKAGE.name).symlink_to(PACKAGE)
+        try:
+            # Threads that wait must not spin: on a busy machine they would take the time of those they wait for.
+            environ = {"PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE", **KEEP_BYTECODE}
+            run_command([python, "-m", *arguments], environ, home.logs / PREPARATION_LOG, on_line=reader.read)
+        except LaunchError as error:
+            raise LaunchError(reader.error or str(error)) from None
 
 
 def _variants(root: Checkpoint | None, wanted: tuple[str, ...]) -> tuple[str, ...]:
