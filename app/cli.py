@@ -65,7 +65,8 @@ COMPRESS_EXAMPLES = """
 Examples:
   sluice compress --list
   sluice compress smollm2 --recipe w8a8 --output ./smollm2-w8a8
-  sluice compress ORG/MODEL --recipe w8a8 --set 'ignore=["lm_head"]' --output ./model-w8a8
+  sluice compress smollm2 --recipe depth+heal+w8a8 --parameter drop=6 --output ./smollm2-small
+  sluice compress ORG/MODEL --recipe w4a16 --calibration ./texts.jsonl --output ./model-w4a16
 """
 
 
@@ -364,11 +365,14 @@ def batch_run(source: Path, **given: Any) -> None:
 
 @main.command(epilog=COMPRESS_EXAMPLES)
 @click.argument("model", required=False)
-@click.option("--recipe", "recipe_name", metavar="NAME", help="How; `--list` shows them.")
+@click.option("--recipe", "recipe_name", metavar="NAME", help="How, or several joined by +; `--list` shows them.")
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+              help="Text to measure on: plain, or .jsonl with `text` or `messages`.  [default: ours]")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="Directory to write; must not exist or be empty.")
 @click.option("--name", help="Public name of the model.  [default: made from MODEL]")
 @click.option("--variant", help="Name of the variant.  [default: the recipe's]")
-@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the recipe. Repeatable.")
+@click.option("--parameter", "--set", "settings", metavar="NAME=VALUE", multiple=True,
+              help="A parameter of the recipe. Repeatable.")  # fmt: skip
 @click.option("--list", "show", is_flag=True, help="Show the recipes and their parameters.")
 @home_option
 def compress(home: Path | None, show: bool, **given: Any) -> None:
@@ -383,12 +387,13 @@ def compress(home: Path | None, show: bool, **given: Any) -> None:
 
 
 def list_recipes() -> None:
-    from app.recipes.recipe import RECIPES
+    with require_extra("up"):
+        from rich.console import Console
+    from app.recipes.listing import tables
 
-    for recipe in RECIPES:
-        click.echo(f"{recipe.name}\n  {recipe.summary}\n  Served by: {', '.join(recipe.engines)}")
-        for parameter in recipe.parameters:
-            click.echo(f"  --set {parameter.name}={parameter.default!r:20} {parameter.meaning}")
+    console = Console()
+    for table in tables():
+        console.print(table)
 
 
 def run_recipe(
@@ -400,6 +405,7 @@ def run_recipe(
     name: str | None,
     variant: str | None,
     settings: tuple[str, ...],
+    calibration: Path | None,
 ) -> None:
     with require_extra("up"):
         from rich.console import Console
@@ -407,11 +413,22 @@ def run_recipe(
         from app.launcher.checkpoints import resolve_base
         from app.launcher.preparation import Order, compress_into
         from app.launcher.progress import Steps
-    from app.recipes.recipe import find_recipe
+    from app.recipes.book import find_recipe
+    from app.recipes.calibration import read_calibration
 
     recipe = find_recipe(recipe_name)
     parameters = recipe.with_defaults(dict(assignment(text) for text in settings))
-    order = Order(resolve_base(model, name), recipe.name, variant or recipe.name, parameters)
+    if calibration:
+        if not recipe.calibrates:
+            raise ConfigurationError(f"--calibration: recipe {recipe.name!r} needs no text")
+        read_calibration(calibration)
+    order = Order(
+        base=resolve_base(model, name),
+        recipe=recipe.name,
+        variant=variant or recipe.name,
+        parameters=parameters,
+        calibration=calibration.absolute() if calibration else None,
+    )
     compress_into(output.absolute(), order, home, Steps(Console(stderr=True)))
     click.echo(output)
 
@@ -419,7 +436,7 @@ def run_recipe(
 def assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise ConfigurationError(f"--set {text}: expected NAME=VALUE")
+        raise ConfigurationError(f"--parameter {text}: expected NAME=VALUE")
     return name, value
 
 
@@ -477,7 +494,7 @@ def listed(text: str) -> tuple[str, ...]:
 
 def variant_names(text: str) -> tuple[str, ...]:
     """The names in `--variants`. Raises ConfigurationError for one that no recipe makes, or that comes twice."""
-    from app.recipes.recipe import find_recipe
+    from app.recipes.book import find_recipe
 
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if len(set(names)) != len(names):
