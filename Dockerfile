@@ -81,7 +81,7 @@ FROM base AS recipes
 COPY --from=recipes-environment /opt/smollm2 /opt/smollm2
 COPY --from=recipes-environment /opt/recipes /opt/recipes
 COPY --chmod=0755 deploy/compose/make-variant.sh /usr/local/bin/make-variant
-ENV PATH=/opt/recipes/bin:${PATH}
+ENV PATH=/opt/recipes/bin:${PATH} TQDM_DISABLE=1
 RUN install -d -o 10001 -g 10001 /models
 USER 10001:10001
 WORKDIR /models
@@ -100,7 +100,7 @@ USER 10001:10001
 WORKDIR /models
 EXPOSE 9000
 # /health is the engine's word; whether it generates is for the gateway to find out.
-HEALTHCHECK --interval=5s --timeout=3s --start-period=300s --retries=3 \
+HEALTHCHECK --interval=5s --timeout=10s --start-period=600s --retries=3 \
     CMD ["python", "-IS", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:9000/health', timeout=2)"]
 ENTRYPOINT ["sluice", "worker", "--host", "0.0.0.0", "--port", "9000"]
 
@@ -113,7 +113,7 @@ RUN install -d -o 10001 -g 10001 /var/lib/sluice/batches /secrets/gateway /secre
 USER 10001:10001
 WORKDIR /var/lib/sluice
 EXPOSE 8000 8001
-HEALTHCHECK --interval=5s --timeout=3s --start-period=20s --retries=3 \
+HEALTHCHECK --interval=5s --timeout=10s --start-period=60s --retries=3 \
     CMD ["python", "-IS", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
 ENTRYPOINT ["sluice"]
 CMD ["gateway", "--config", "/etc/sluice/gateway.yaml"]
