@@ -89,10 +89,10 @@ ENTRYPOINT ["make-variant"]
 CMD ["w8a8"]
 
 FROM base AS worker-cpu
-# Debian moves the versions of its stable release for security only.
+# vLLM needs libnuma; tcmalloc makes prefill a sixth faster. Debian moves versions of a stable release for security only.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libtcmalloc-minimal4 \
+    && apt-get install --yes --no-install-recommends libnuma1 libtcmalloc-minimal4 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=worker-environment /opt/vllm /opt/vllm
 ENV PATH=/opt/vllm/bin:${PATH}
