@@ -6,7 +6,6 @@ from Debian's packages. Grafana cannot be had that way: in its place a server an
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -22,12 +21,10 @@ LIBRARIES = "ca-certificates,netbase,libssl3,libffi8,libsqlite3-0,libreadline8,l
 PACKAGES = ("prometheus", "prometheus-redis-exporter", "redis-tools", "busybox")
 PATH = "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NOT_GRAFANA = (
-    "import http.server as h\n"
-    "class Health(h.BaseHTTPRequestHandler):\n"
-    "    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b'not Grafana')\n"
-    "h.ThreadingHTTPServer(('', 3000), Health).serve_forever()\n"
+    'RUN ["install", "-d", "-o", "472", "/var/lib/grafana", "/srv/api"]',
+    'RUN ["sh", "-c", "echo this is not Grafana > /srv/api/health"]',
+    'ENTRYPOINT ["busybox", "httpd", "-f", "-p", "3000", "-h", "/srv"]',
 )
-STUB = json.dumps(["python", "-c", NOT_GRAFANA])
 IN_A_CHROOT = (
     "printf '#!/bin/sh\\nexit 101\\n' > /usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d && apt-get update -q"
     " && apt-get install -yq --no-install-recommends {packages} && apt-get clean && rm -rf /var/lib/apt/lists/*"
@@ -53,7 +50,7 @@ def make(directory: Path, engine: Engine, images: Images) -> None:
     for name, base_of_it, lines in (
         ("valkey-exporter", "valkey", ["WORKDIR /", 'ENTRYPOINT ["/redis_exporter"]']),
         ("prometheus", "valkey", ["WORKDIR /prometheus", 'ENTRYPOINT ["/usr/bin/prometheus"]']),
-        ("grafana", "python", ['RUN ["install", "-d", "-o", "472", "/var/lib/grafana"]', f"ENTRYPOINT {STUB}"]),
+        ("grafana", "valkey", [*NOT_GRAFANA]),
     ):
         if not _has(engine, images[name]):
             dockerfile = "\n".join([f"FROM {images[base_of_it]}", *lines]) + "\n"
