@@ -75,7 +75,9 @@ def make_all(root: Path) -> None:
         write(root / part / "worker_key", worker_key)
     write(root / "gateway" / "valkey_password", sluice)
     write(root / "valkey" / "users.acl", valkey_users(sluice, exporter))
-    write(root / "valkey-exporter" / "passwords.json", json.dumps({f"redis://exporter@{VALKEY}": exporter}))
+    # Releases of the exporter differ in whether they look a password up with the user's name.
+    passwords = {f"redis://{VALKEY}": exporter, f"redis://exporter@{VALKEY}": exporter}
+    write(root / "valkey-exporter" / "passwords.json", json.dumps(passwords))
     write(root / "prometheus" / "sluice_admin_key", admin_key)
     write(root / "grafana" / "admin_password", grafana)
     kept = {"client_key": client_key, "admin_key": admin_key, "grafana_password": grafana}
