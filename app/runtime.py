@@ -21,6 +21,8 @@ from app.batches.meter import Meter
 from app.batches.runner import Runner, Shelf
 from app.batches.storage import open_storage
 from app.catalogue import Catalogue
+from app.console.board import Board
+from app.console.console import Console, Sources
 from app.credentials import server_secret
 from app.drain import Drain
 from app.errors import ModelNotFound
@@ -31,6 +33,7 @@ from app.settings import Health, Settings, is_loopback
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_audit, open_log
 from app.telemetry.metrics import Metrics, open_metrics
+from app.telemetry.refusals import Refusals
 from app.tenancy.authentication import Identification, KeyIdentification, OpenDoor
 from app.tenancy.directory import Directory
 from app.tenancy.failures import Failures
@@ -67,6 +70,8 @@ class Runtime:
     audit: Log
     started: float
     batches: Batches | None
+    refusals: Refusals
+    console: Console
 
 
 @asynccontextmanager
@@ -101,6 +106,18 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         _say_open(settings, metrics, log)
     meter = Meter(catalogue, registry, admission, accounts.ttfts, clock)
     batches = _batches(settings, gateway, meter, catalogue, tenants, drain, metrics, log)
+    sources = Sources(
+        catalogue,
+        registry,
+        admission,
+        metrics,
+        accounts.refusals,
+        batches,
+        drain,
+        is_guarded=settings.is_guarded,
+        started=time.time(),
+    )
+    console = Console(sources, Board(metrics.shared_directory))
     runtime = Runtime(
         settings,
         catalogue,
@@ -116,12 +133,15 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         metrics,
         log,
         audit=open_audit(settings.logs),
-        started=time.time(),
+        started=sources.started,
         batches=batches,
+        refusals=accounts.refusals,
+        console=console,
     )
     try:
         async with directory.running(), admission.running(), monitor.running(), gauges.refreshed(), _running(batches):
-            yield runtime
+            async with console.running():
+                yield runtime
     finally:
         if registrar is not None:
             await registrar.aclose()

@@ -12,6 +12,7 @@ from app.errors import Draining, GatewayError, InvalidRequest, QueueTimeout, Una
 from app.inference import Band, InferenceRequest, Outcome, Spent, TokenUsage
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics, Series
+from app.telemetry.refusals import Kind, Refusals
 
 Clock = Callable[[], float]
 
@@ -89,6 +90,7 @@ class Account:
         "_clock",
         "_log",
         "_metrics",
+        "_refusals",
         "_request",
         "_series",
         "_ttfts",
@@ -98,9 +100,16 @@ class Account:
     )
 
     def __init__(
-        self, request: InferenceRequest, metrics: Metrics, log: RequestsLog, clock: Clock, ttfts: Ttfts
+        self,
+        request: InferenceRequest,
+        metrics: Metrics,
+        log: RequestsLog,
+        clock: Clock,
+        ttfts: Ttfts,
+        refusals: Refusals,
     ) -> None:
         self._request = request
+        self._refusals = refusals
         self._ttfts = ttfts
         self._metrics = metrics
         self._log = log
@@ -185,6 +194,8 @@ class Account:
         self._metrics.ended(model, self.variant, band, outcome, code, ended - self.timeline.arrived)
         usage = self._observe(self._series, ended, outcome) if self._series is not None else NOTHING_USED
         self._metrics.tenant_ended(self._request.tenant.name, outcome, usage)
+        if cause is not None:
+            self._refusals.note(Kind(outcome, code, model, self._request.tenant.name, band), ended)
         if self._log.wants(outcome):
             self._log.write(self._request, self, outcome, code, ended)
 
@@ -282,6 +293,7 @@ class Accounts:
         self._log = requests_log
         self._clock = clock
         self.ttfts = Ttfts()
+        self.refusals = Refusals()
 
     def open(self, request: InferenceRequest) -> Account:
-        return Account(request, self._metrics, self._log, self._clock, self.ttfts)
+        return Account(request, self._metrics, self._log, self._clock, self.ttfts, self.refusals)
