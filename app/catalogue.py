@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app import settings
+from app.card import Card
 from app.credentials import TlsContexts, read_secret
 from app.errors import ConfigurationError, ModelNotFound
 from app.tenant import ANONYMOUS, Tenant
@@ -38,6 +39,7 @@ class Manifest(BaseModel):
     quantization: str | None = None
     context_length: int | None = Field(None, ge=1, description="tokens")
     calibration_sha256: str | None = None
+    card: Card | None = Field(None, description="what `sluice evaluate` measured")
 
     def write(self, directory: Path) -> None:
         (directory / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -87,6 +89,7 @@ class Variant:
     quantization: str | None = None
     context_length: int | None = None
     resumes: bool = False
+    card: Card | None = None
 
     @property
     def public_name(self) -> str:
@@ -152,6 +155,7 @@ def _variant(model: settings.Model, configured: settings.Variant, contexts: TlsC
         quantization=configured.quantization or (manifest.quantization if manifest else None),
         context_length=manifest.context_length if manifest else None,
         resumes=model.resume,
+        card=manifest.card if manifest else None,
     )
 
 

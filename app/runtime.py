@@ -106,17 +106,8 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         _say_open(settings, metrics, log)
     meter = Meter(catalogue, registry, admission, accounts.ttfts, clock)
     batches = _batches(settings, gateway, meter, catalogue, tenants, drain, metrics, log)
-    sources = Sources(
-        catalogue,
-        registry,
-        admission,
-        metrics,
-        accounts.refusals,
-        batches,
-        drain,
-        is_guarded=settings.is_guarded,
-        started=time.time(),
-    )
+    looks_at = catalogue, registry, admission, metrics, accounts.refusals, batches, drain
+    sources = Sources(*looks_at, is_guarded=settings.is_guarded, started=time.time())
     console = Console(sources, Board(metrics.shared_directory))
     runtime = Runtime(
         settings,

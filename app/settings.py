@@ -213,12 +213,27 @@ class Variant(Part):
         return name
 
 
+class QualityGate(Part):
+    """What a variant must have kept of its dense sibling, by its card, to take traffic that did not ask for it by name.
+
+    One that fails can still be pinned: `model:variant`. A threshold that is null is not looked at.
+    """
+
+    min_quality: float | None = Field(0.5, ge=0, le=1, description="relative quality, 1 is the dense sibling's")
+    max_kl: float | None = Field(None, ge=0, description="divergence from the dense sibling, nats per token")
+    min_top1: float | None = Field(None, ge=0, le=1, description="share of tokens with the same most probable one")
+    max_perplexity_ratio: float | None = Field(None, ge=0, description="perplexity by the dense sibling's")
+    min_task_share: float | None = Field(None, ge=0, le=1, description="of each task's score, by the dense sibling's")
+    require_card: bool = Field(False, description="a variant that was never measured fails, too")
+
+
 class Model(Part):
     """What clients ask for by `name`; `name:variant` pins one variant."""
 
     name: str
     policy: Literal["balanced"] = Field("balanced", description="the least loaded worker among all listed variants")
     resume: bool = Field(False, description="go on with a broken plain-text stream on another worker of its variant")
+    quality_gate: QualityGate = QualityGate()
     variants: tuple[Variant, ...] = Field(min_length=1)
 
     @field_validator("name")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 
@@ -24,7 +24,10 @@ _ORDER = {band: rank for rank, band in enumerate(Band)}
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a tenant may use, over all replicas; None is no limit. Minutes and days are windows that refill."""
+    """What a tenant may use, over all replicas; None is no limit. Minutes and days are windows that refill.
+
+    `rates` are those that refill and are set, (name, most): looked at for each request, so found once.
+    """
 
     requests_per_min: int | None = None
     tokens_per_min: int | None = None
@@ -32,6 +35,16 @@ class Limits:
     output_tokens_per_min: int | None = None
     tokens_per_day: int | None = None
     concurrent: int | None = None
+    rates: tuple[tuple[str, int], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        named = ((part.name, getattr(self, part.name)) for part in fields(self) if part.init)
+        rates = tuple((name, most) for name, most in named if most is not None and name != "concurrent")
+        object.__setattr__(self, "rates", rates)
+
+    @property
+    def is_unlimited(self) -> bool:
+        return not self.rates and self.concurrent is None
 
 
 UNLIMITED = Limits()

@@ -13,6 +13,10 @@ from typing import TypeVar
 import click
 import uvloop
 
+from loadtest.adaptive import AdaptivePlan
+from loadtest.adaptive import figures as adaptive_figures
+from loadtest.adaptive import measure as measure_adaptive
+from loadtest.adaptive import section as adaptive_section
 from loadtest.batch_truth import TruthPlan
 from loadtest.batch_truth import figures as truth_figures
 from loadtest.batch_truth import measure as measure_truth
@@ -112,6 +116,23 @@ def prefix_command(rounds: int, conversations: int, kv_mib: int, output: Path | 
         raise click.ClickException(str(error)) from None
     print("\n" + prefix_figures(seen))
     _write(output or RESULTS, prefix_section(seen, plan, versions()))
+
+
+@main.command("adaptive")
+@click.option("--rounds", type=click.IntRange(1, 10), default=AdaptivePlan.rounds, show_default=True)
+@click.option("--seconds", type=click.FloatRange(3, 120), default=AdaptivePlan.window_s, show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
+def adaptive_command(rounds: int, seconds: float, output: Path | None) -> None:
+    """`max_concurrency: auto` against static limits, on one real vLLM worker (9 minutes)."""
+    plan = AdaptivePlan(rounds=rounds, window_s=seconds)
+    try:
+        found = uvloop.run(_cancelled_by_sigterm(measure_adaptive(plan)))
+    except asyncio.CancelledError:
+        raise click.Abort from None
+    except ProcessError as error:
+        raise click.ClickException(str(error)) from None
+    print("\n" + adaptive_figures(found))
+    _write(output or RESULTS, adaptive_section(found, plan, versions()))
 
 
 for command in COMMANDS:

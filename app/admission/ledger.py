@@ -31,7 +31,7 @@ from app.credentials import TlsContexts, tls_failure
 from app.errors import ConfigurationError
 from app.settings import Redis, Tls
 
-LAYOUT = 1
+LAYOUT = 2
 CALL_TIMEOUT_S = 1.0
 CONNECT_TIMEOUT_S = 0.5
 MIN_REDIS = (7, 0)

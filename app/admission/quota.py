@@ -74,13 +74,15 @@ NONE_AT_ONCE = -1
 
 
 class Settlement(msgspec.Struct, array_like=True, frozen=True):
-    """The end of a reservation: what was really used, in the order of its claims."""
+    """The end of a tenant's reservation: what it claimed, and what was really used, in the order of its claims."""
 
     reservation: str
+    tenant: str
+    claims: tuple[Claim, ...]
     amounts: tuple[int, ...]
 
 
-class Reading(NamedTuple):
+class Reading(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """How a meter stands: what is taken, and how long until all of that has come back."""
 
     used: int
@@ -126,18 +128,17 @@ def claims_of(limits: Limits, known: Tokens, guessed: Tokens) -> tuple[Claim, ..
     what is generated then never exceeds what was reserved. What is only guessed never makes a request too large: it
     counts up to what the limit leaves beside what is known.
     """
-    claims = []
-    for limit, weighs in WEIGHS.items():
-        most: int | None = getattr(limits, limit)
-        if most is not None:
-            window_us = DAY_US if limit == DAILY else MINUTE_US
-            claims.append(Claim(limit, most, window_us, weighs.amount(known, guessed, most)))
-    return tuple(claims)
+    return tuple(
+        [
+            Claim(limit, most, DAY_US if limit == DAILY else MINUTE_US, WEIGHS[limit].amount(known, guessed, most))
+            for limit, most in limits.rates
+        ]
+    )
 
 
 def amounts_of(claims: tuple[Claim, ...], known: Tokens, guessed: Tokens) -> tuple[int, ...]:
     """What each claim comes to in the end; what is not known even then stands as it was reserved."""
-    return tuple(WEIGHS[claim.limit].amount(known, guessed, claim.amount) for claim in claims)
+    return tuple([WEIGHS[claim.limit].amount(known, guessed, claim.amount) for claim in claims])
 
 
 class Weighs(NamedTuple):
@@ -149,8 +150,10 @@ class Weighs(NamedTuple):
 
     def amount(self, known: Tokens, guessed: Tokens, bound: int) -> int:
         """All that is known, and what is guessed up to the bound."""
-        sure = self.requests + self.input * known.input + self.output * known.output
-        return max(sure, min(sure + self.input * guessed.input + self.output * guessed.output, bound))
+        requests, inputs, outputs = self
+        sure = requests + inputs * known.input + outputs * known.output
+        likely = sure + inputs * guessed.input + outputs * guessed.output
+        return likely if likely <= bound else max(sure, bound)
 
 
 WEIGHS = {
@@ -164,15 +167,20 @@ WEIGHS = {
 
 @dataclass(slots=True)
 class Meter:
-    """What was taken in the last window, by sixtieths. Time may go back between any two calls."""
+    """What was taken in the last window, by sixtieths: `sum` is all of it as of the sixtieth `at`.
+
+    Time may go back between any two calls.
+    """
 
     width_us: int
     slices: dict[int, int] = field(default_factory=dict)
     last: int = 0
+    sum: int = 0
+    at: int = 0
 
     def used(self, now_us: int) -> int:
         self._roll(now_us)
-        return sum(self.slices.values())
+        return self.sum
 
     def reset_us(self, now_us: int) -> int:
         return self._returns_us(self.last, now_us) if self.used(now_us) else 0
@@ -191,13 +199,16 @@ class Meter:
         if amount:
             self.last = now_us // self.width_us
             self.slices[self.last] = self.slices.get(self.last, 0) + amount
+            self.sum += amount
 
     def give_back(self, amount: int, taken_us: int, now_us: int) -> None:
         """Undo part of what was taken then, as far as it is still counted."""
         self._roll(now_us)
         slice_ = taken_us // self.width_us
         if slice_ in self.slices:
-            self._put(slice_, self.slices[slice_] - min(amount, self.slices[slice_]))
+            undone = min(amount, self.slices[slice_])
+            self.sum -= undone
+            self._put(slice_, self.slices[slice_] - undone)
 
     def _returns_us(self, slice_: int, now_us: int) -> int:
         return (slice_ + SLICES + 1) * self.width_us - now_us
@@ -205,12 +216,15 @@ class Meter:
     def _roll(self, now_us: int) -> None:
         """Forget what has left the window. What is dated later than now, by a clock set back, is of now."""
         current = now_us // self.width_us
-        self.last = min(self.last, current)
+        if current == self.at:
+            return
+        self.at, self.last = current, min(self.last, current)
         for slice_ in [*self.slices]:
             if slice_ < current - SLICES:
                 del self.slices[slice_]
             elif slice_ > current:
                 self.slices[current] = self.slices.get(current, 0) + self.slices.pop(slice_)
+        self.sum = sum(self.slices.values())
 
     def _put(self, slice_: int, amount: int) -> None:
         if amount:
@@ -266,14 +280,14 @@ class Quota:
         self._live[tenant].add(demand.reservation)
 
     def settle(self, settlement: Settlement, now_us: int) -> None:
-        """End a reservation. One that is not known changes nothing."""
+        """End a reservation. One that is not known changes nothing; one that was made elsewhere has no claims here."""
         reserved = self._reserved.pop(settlement.reservation, None)
         if reserved is None:
             return
         self._live[reserved.tenant].discard(settlement.reservation)
         if not self._live[reserved.tenant]:
             del self._live[reserved.tenant]
-        for claim, amount in zip(reserved.claims, settlement.amounts, strict=True):
+        for claim, amount in zip(reserved.claims, settlement.amounts, strict=False):
             meter = self._meter(reserved.tenant, claim, now_us)
             if amount < claim.amount:
                 meter.give_back(claim.amount - amount, reserved.taken_us, now_us)
@@ -283,7 +297,7 @@ class Quota:
     def takings_of_ended(self, now_us: int) -> list[Taking]:
         """All that is taken now, after every live reservation has given back what it took."""
         for name, made in [*self._reserved.items()]:
-            self.settle(Settlement(name, (0,) * len(made.claims)), now_us)
+            self.settle(Settlement(name, made.tenant, made.claims, (0,) * len(made.claims)), now_us)
         return [
             Taking(tenant, limit, meter.width_us * SLICES, min(now_us, (slice_ + 1) * meter.width_us - 1), amount)
             for (limit, tenant), meter in self._meters.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from app.admission.quota import DAILY, Claim, Demand, Reading, Settlement, Tokens, amounts_of, claims_of
+from app.admission.quota import DAILY, NOTHING, Claim, Demand, Reading, Settlement, Tokens, amounts_of, claims_of
 from app.errors import Allowance, GatewayError, InsufficientQuota, RateLimitExceeded
 from app.inference import Spent, TokenUsage
 from app.tenant import Limits
@@ -27,7 +27,7 @@ class Reservation:
     `home` is where it is known to be taken, None as long as nobody has said so; `made` is when, monotonic seconds.
     """
 
-    __slots__ = ("allowances", "demand", "guessed", "home", "made", "tenant")
+    __slots__ = ("demand", "guessed", "home", "made", "readings", "tenant")
 
     def __init__(self, name: str, tenant: str, limits: Limits, guessed: Tokens, max_tokens: int | None) -> None:
         stated = 0 if max_tokens is None else max_tokens
@@ -38,38 +38,47 @@ class Reservation:
         self.tenant = tenant
         self.home: Home | None = None
         self.made = 0.0
-        self.allowances: tuple[Allowance, ...] = ()
+        self.readings: Sequence[Reading] = ()
+        """How its limits stood when it was met or refused, in the order of its claims."""
 
     @property
     def too_large(self) -> Claim | None:
         """A claim that its limit can never meet."""
-        return next((claim for claim in self.demand.claims if claim.is_too_large), None)
+        for claim in self.demand.claims:
+            if claim.is_too_large:
+                return claim
+        return None
+
+    @property
+    def allowances(self) -> tuple[Allowance, ...]:
+        return tuple(
+            Allowance(claim.limit, claim.most, max(0, claim.most - reading.used), reading.reset_us / US)
+            for claim, reading in zip(self.demand.claims, self.readings, strict=False)
+        )
 
     def settlement(self, spent: TokenUsage | Spent | None) -> Settlement:
         """Its end; None was no request at all."""
         claims = self.demand.claims
         if spent is None:
-            return Settlement(self.demand.reservation, (0,) * len(claims))
+            return self._settled((0,) * len(claims))
+        if isinstance(spent, TokenUsage):
+            return self._settled(amounts_of(claims, Tokens(spent.prompt_tokens, spent.completion_tokens), NOTHING))
         known = Tokens(spent.prompt_tokens or 0, spent.completion_tokens or 0)
         guessed = Tokens(
             self.guessed.input if spent.prompt_tokens is None else 0,
             self.guessed.output if spent.completion_tokens is None else 0,
         )
-        return Settlement(self.demand.reservation, amounts_of(claims, known, guessed))
+        return self._settled(amounts_of(claims, known, guessed))
 
-    def hear(self, readings: Sequence[Reading]) -> None:
-        """How its limits stand, in the order of its claims."""
-        self.allowances = tuple(
-            Allowance(claim.limit, claim.most, max(0, claim.most - used), reset_us / US)
-            for claim, (used, reset_us) in zip(self.demand.claims, readings, strict=False)
-        )
+    def _settled(self, amounts: tuple[int, ...]) -> Settlement:
+        return Settlement(self.demand.reservation, self.tenant, self.demand.claims, amounts)
 
-    def refusal(self, readings: Sequence[Reading], wait_us: int) -> tuple[str, GatewayError]:
+    def refusal(self, wait_us: int) -> tuple[str, GatewayError]:
         """The limit that has no room for it, and what its client is told; with more than one, the longest window's."""
         exceeded = [
-            (claim, used)
-            for claim, (used, _) in zip(self.demand.claims, readings, strict=False)
-            if used + claim.amount > claim.most
+            (claim, reading.used)
+            for claim, reading in zip(self.demand.claims, self.readings, strict=False)
+            if reading.used + claim.amount > claim.most
         ]
         claim, used = exceeded[-1]
         kind = InsufficientQuota if claim.limit == DAILY else RateLimitExceeded

@@ -24,7 +24,6 @@ from app.admission.ticket import Ticket
 from app.errors import Allowance, GatewayError, NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
 from app.inference import Band, QueueListener, Spent, TokenUsage
 from app.telemetry.metrics import Metrics
-from app.tenant import UNLIMITED
 
 US = 1_000_000
 FOREVER_US = 10**15
@@ -207,7 +206,7 @@ class Roster:
         reservation = lease.reservation
         if reservation is not None and reservation.home is None:
             reservation.home, reservation.made = home, self.clock()
-            reservation.hear(readings)
+            reservation.readings = readings
 
     def park(self, lease: QueuedLease, wait_us: int) -> None:
         """It was not granted at once: from now on its deadline is watched."""
@@ -358,7 +357,7 @@ class QueuedAdmission:
     async def admit(self, ticket: Ticket) -> QueuedLease:
         cost = self._costs.of(ticket.model).estimate(ticket.prompt_bytes, ticket.max_tokens)
         lease = QueuedLease(self, ticket, cost)
-        if ticket.tenant.limits is not UNLIMITED and ticket.tenant.limits != UNLIMITED:
+        if not ticket.tenant.limits.is_unlimited:
             self._reserve(lease)
         try:
             await self._stand(lease)
@@ -452,11 +451,11 @@ def new_name() -> str:
 def _refusal(lease: QueuedLease, kind: Kind, wait_us: int, readings: Sequence[Reading]) -> tuple[str, GatewayError]:
     """The name of the bound, and what the client is told."""
     if lease.reservation is not None:
-        lease.reservation.hear(readings)
+        lease.reservation.readings = readings
         if kind is Kind.TOO_MANY:
             return CONCURRENT, lease.reservation.refusal_at_once()
         if kind is Kind.RATE_LIMITED:
-            return lease.reservation.refusal(readings, wait_us)
+            return lease.reservation.refusal(wait_us)
     return kind.name.lower(), _refusal_of_order(kind, max(1.0, wait_us / US))
 
 

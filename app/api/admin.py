@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from app.admission.quota import NOTHING, Metered, Usage, claims_of
 from app.api.dependencies import RuntimeOf
 from app.console.queue import QueueView, queue_view
-from app.tenant import UNLIMITED, Limits
+from app.tenant import Limits
 
 routes = APIRouter(prefix="/admin", tags=["operations"])
 
@@ -40,7 +40,7 @@ class LimitsView(BaseModel):
 @routes.get("/limits", summary="Limits: what each tenant has used of its windows, and how much runs at once")
 async def limits(runtime: RuntimeOf) -> LimitsView:
     tenants = [runtime.tenants.get(tenant.name) for tenant in runtime.settings.tenants]
-    limited = {tenant.name: tenant.limits for tenant in tenants if tenant.limits != UNLIMITED}
+    limited = {tenant.name: tenant.limits for tenant in tenants if not tenant.limits.is_unlimited}
     metered = [Metered(name, claims_of(of, NOTHING, NOTHING)) for name, of in limited.items()]
     overview = await runtime.admission.overview(metered)
     usages = {usage.tenant: usage for usage in overview.usages}
@@ -49,8 +49,8 @@ async def limits(runtime: RuntimeOf) -> LimitsView:
 
 def _limits(metered: Metered, usage: Usage, limits: Limits) -> LimitsRow:
     rows = [
-        LimitRow(limit=claim.limit, most=claim.most, used=used, reset_s=reset_us / US)
-        for claim, (used, reset_us) in zip(metered.claims, usage.readings, strict=True)
+        LimitRow(limit=claim.limit, most=claim.most, used=reading.used, reset_s=reading.reset_us / US)
+        for claim, reading in zip(metered.claims, usage.readings, strict=True)
     ]
     return LimitsRow(tenant=metered.tenant, concurrent=usage.live, concurrent_most=limits.concurrent, limits=rows)
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from app.batches.batch import Batch, Progress
+from app.card import Card
 from app.catalogue import Model, Variant
 from app.console.board import Record
 from app.console.history import Pace, Steps, Traffic, added, pace_of, step_at, traffic
@@ -20,6 +21,17 @@ from app.telemetry.refusals import Count, Kind
 from app.workers.worker import Worker
 
 ROWS_SHOWN = 100
+
+
+class CardRow(msgspec.Struct, frozen=True):
+    """What `sluice evaluate` measured, as far as it did; `quality` is 1 for the dense sibling, speed is of one worker under
+    its most streams."""
+
+    quality: float | None
+    size_bytes: int
+    tokens_per_s: float | None
+    streams: int | None
+    passes: bool | None
 
 
 class VariantRow(msgspec.Struct, frozen=True):
@@ -32,7 +44,7 @@ class VariantRow(msgspec.Struct, frozen=True):
     ready: int
     workers: int
     pace: Pace
-    card: dict[str, float] | None
+    card: CardRow | None
 
 
 class ModelRow(msgspec.Struct, frozen=True):
@@ -158,7 +170,18 @@ def _variant(variant: Variant, workers: Iterable[Worker], steps: Steps, last: in
         ready=sum(worker.is_ready for worker in pool),
         workers=len(pool),
         pace=pace_of(variant.public_name, steps, last),
-        card=None,
+        card=_card(variant.card) if variant.card else None,
+    )
+
+
+def _card(card: Card) -> CardRow:
+    fastest = card.speed[-1] if card.speed else None
+    return CardRow(
+        quality=card.relative_quality,
+        size_bytes=card.size_bytes,
+        tokens_per_s=fastest.tokens_per_s if fastest else None,
+        streams=fastest.streams if fastest else None,
+        passes=card.gate.passed if card.gate else None,
     )
 
 

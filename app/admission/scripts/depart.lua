@@ -1,5 +1,5 @@
 -- payload: {releases: {id, worker, band, tenant, owed}, cancels: {id, candidates, band, tenant, owed},
--- settlements: {reservation, amounts}}. body: {}. A lease, ticket or reservation that is not there changes nothing.
+-- settlements: {reservation, tenant, claims, amounts}}. body: {}. A lease, ticket or reservation that is not there changes nothing.
 
 local freed = {}
 

@@ -23,6 +23,6 @@ for _, worker in ipairs(workers()) do
 end
 for _, metered in ipairs(payload) do
   local tenant, claims = unpack(metered)
-  table.insert(usages, { tenant, call('SCARD', key('live', tenant)), readings(tenant, claims) })
+  table.insert(usages, { tenant, live.get(tenant), readings(tenant, claims) })
 end
 return cmsgpack.pack({ OK, 0, {}, { flows, drains, held, usages } })

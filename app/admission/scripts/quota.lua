@@ -2,8 +2,8 @@
 --
 --   spent:LIMIT:TENANT hash    a meter: `sum` of what is taken as of the sixtieth `at`, `last` that something was taken
 --                              in, and sixtieth -> what was taken in it. Expires when all has come back
---   reserved           hash    reservation -> {tenant, time, claims}. An id names its replica, as a ticket's does
---   live:TENANT        set     the tenant's reservations
+--   reserved:TENANT    hash    reservation -> when its claims were taken: all that are live. An id names its replica
+--   reserving          set     the tenants that have any
 --   told               hash    replica -> number of the last of what it gave by itself and told
 
 local RATE_LIMITED, TOO_MANY = 6, 7
@@ -51,23 +51,32 @@ local function roll(meter)
   put(meter, meter.current, meter.slices[meter.current] + later)
 end
 
-local function meter_of(tenant, claim)
-  local limit, _, window_us = unpack(claim)
-  local name = key('spent', limit, tenant)
-  if not meters[name] then
-    local width = window_us / SLICES
-    local current = math.floor(now / width)
-    local sum, at, last, taken = unpack(call('HMGET', name, 'sum', 'at', 'last', current))
-    local meter = {
-      name = name, width = width, current = current, sum = number_of(sum), last = number_of(last),
-      slices = { [current] = number_of(taken) }, changed = {},
-    }
-    if at and tonumber(at) ~= current then
-      roll(meter)
-    end
-    meters[name] = meter
+local function read(name, width)
+  local current = math.floor(now / width)
+  local sum, at, last, taken = unpack(call('HMGET', name, 'sum', 'at', 'last', current))
+  local meter = {
+    name = name, width = width, current = current, sum = number_of(sum), last = number_of(last),
+    slices = { [current] = number_of(taken) }, changed = {},
+  }
+  if at and tonumber(at) ~= current then
+    roll(meter)
   end
-  return meters[name]
+  return meter
+end
+
+local function meter_of(tenant, claim)
+  local limit = claim[1]
+  local known = meters[tenant]
+  if not known then
+    known = {}
+    meters[tenant] = known
+  end
+  local meter = known[limit]
+  if not meter then
+    meter = read(key('spent', limit, tenant), claim[3] / SLICES)
+    known[limit] = meter
+  end
+  return meter
 end
 
 local function taken_in(meter, slice)
@@ -121,9 +130,11 @@ end
 
 table.insert(written, {
   write_back = function()
-    for _, meter in pairs(meters) do
-      if meter.is_changed then
-        write_back(meter)
+    for _, known in pairs(meters) do
+      for _, meter in pairs(known) do
+        if meter.is_changed then
+          write_back(meter)
+        end
       end
     end
   end,
@@ -153,12 +164,17 @@ end
 -- {used, reset in us} of each claim.
 local function readings(tenant, claims)
   local found = {}
-  for _, claim in ipairs(claims) do
+  for index, claim in ipairs(claims) do
     local meter = meter_of(tenant, claim)
-    table.insert(found, { meter.sum, meter.sum > 0 and returns_us(meter, meter.last) or 0 })
+    found[index] = { meter.sum, meter.sum > 0 and returns_us(meter, meter.last) or 0 }
   end
   return found
 end
+
+-- How many reservations of a tenant are live.
+local live = kept(function(tenant)
+  return call('HLEN', key('reserved', tenant))
+end, nothing)
 
 -- {kind, wait in us} of the limits that refuse a place, or nothing.
 local function over_limits(place)
@@ -166,9 +182,6 @@ local function over_limits(place)
     return nil
   end
   local id, concurrent, claims = unpack(place.demand)
-  if call('HEXISTS', key('reserved'), id) == 1 then
-    return nil
-  end
   local wait_us = nil
   for _, claim in ipairs(claims) do
     local meter = meter_of(place.tenant, claim)
@@ -177,27 +190,30 @@ local function over_limits(place)
       wait_us = math.max(wait_us or 0, wait_for(meter, excess))
     end
   end
-  if wait_us then
-    return { RATE_LIMITED, wait_us }
-  elseif concurrent ~= 0 and call('SCARD', key('live', place.tenant)) >= concurrent then
-    return { TOO_MANY, 0 }
+  local is_crowded = concurrent ~= 0 and live.get(place.tenant) >= concurrent
+  if not (wait_us or is_crowded) or call('HEXISTS', key('reserved', place.tenant), id) == 1 then
+    return nil
   end
-  return nil
+  return wait_us and { RATE_LIMITED, wait_us } or { TOO_MANY, 0 }
 end
 
--- False if it is reserved already.
-local function hold_reservation(id, tenant, taken_us, claims)
-  local is_new = call('HSETNX', key('reserved'), id, cmsgpack.pack({ tenant, taken_us, claims })) == 1
-  if is_new then
-    call('SADD', key('live', tenant), id)
+-- False if it is live already.
+local function hold_reservation(id, tenant, taken_us)
+  local before = live.get(tenant)
+  if call('HSETNX', key('reserved', tenant), id, taken_us) == 0 then
+    return false
   end
-  return is_new
+  live.put(tenant, before + 1)
+  if before == 0 then
+    call('SADD', key('reserving'), tenant)
+  end
+  return true
 end
 
 local function reserve(place)
   if place.demand then
     local id, _, claims = unpack(place.demand)
-    if hold_reservation(id, place.tenant, now, claims) then
+    if hold_reservation(id, place.tenant, now) then
       for _, claim in ipairs(claims) do
         take_of(meter_of(place.tenant, claim), claim[4])
       end
@@ -205,24 +221,37 @@ local function reserve(place)
   end
 end
 
--- What was reserved, no longer live; nothing if it is not known.
-local function end_reservation(id)
-  local packed = call('HGET', key('reserved'), id)
-  if not packed then
+-- When it was made that is no longer live; nothing if it is not known.
+local function end_reservation(id, tenant)
+  local name = key('reserved', tenant)
+  local taken_us, before = call('HGET', name, id), live.get(tenant)
+  if not taken_us then
     return nil
   end
-  local reserved = cmsgpack.unpack(packed)
-  call('HDEL', key('reserved'), id)
-  call('SREM', key('live', reserved[1]), id)
-  return reserved
+  call('HDEL', name, id)
+  live.put(tenant, before - 1)
+  if before == 1 then
+    call('SREM', key('reserving'), tenant)
+  end
+  return tonumber(taken_us)
 end
 
-local function settle_reservation(id, amounts)
-  local reserved = end_reservation(id)
-  if not reserved then
+-- End those, of all tenants, whose ids `is_over` tells.
+local function end_reservations(is_over)
+  for _, tenant in ipairs(call('SMEMBERS', key('reserving'))) do
+    for _, id in ipairs(call('HKEYS', key('reserved', tenant))) do
+      if is_over(id) then
+        end_reservation(id, tenant)
+      end
+    end
+  end
+end
+
+local function settle_reservation(id, tenant, claims, amounts)
+  local taken_us = end_reservation(id, tenant)
+  if not taken_us then
     return
   end
-  local tenant, taken_us, claims = unpack(reserved)
   for index, claim in ipairs(claims) do
     local meter, beyond = meter_of(tenant, claim), amounts[index] - claim[4]
     if beyond < 0 then

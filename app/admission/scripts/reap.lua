@@ -36,11 +36,9 @@ local function reap_replicas()
         dequeue(ticket(id))
       end
     end
-    for _, id in ipairs(call('HKEYS', key('reserved'))) do
-      if dead[replica_of(id)] then
-        end_reservation(id) -- what it took comes back with the window
-      end
-    end
+    end_reservations(function(id) -- what they took comes back with the window
+      return dead[replica_of(id)]
+    end)
   end
 end
 

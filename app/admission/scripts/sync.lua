@@ -72,17 +72,15 @@ local function renew_reservations()
   for _, reservation in ipairs(reservations) do
     local id, tenant, age_us, claims, heard = unpack(reservation)
     reserves[id] = true
-    if heard ~= NOTHING and hold_reservation(id, tenant, now - age_us, claims) and heard == GIVEN then
+    if heard ~= NOTHING and hold_reservation(id, tenant, now - age_us) and heard == GIVEN then
       for _, claim in ipairs(claims) do
         take_as_of(meter_of(tenant, claim), claim[4], now - age_us)
       end
     end
   end
-  for _, id in ipairs(call('HKEYS', key('reserved'))) do
-    if replica_of(id) == me and not reserves[id] then
-      end_reservation(id)
-    end
-  end
+  end_reservations(function(id)
+    return replica_of(id) == me and not reserves[id]
+  end)
 end
 
 -- What the replica gave of limits while it could not ask, to requests that have ended, once.

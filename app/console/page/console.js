@@ -2,7 +2,7 @@
 
 import * as asking from "./ask.js";
 import { at, hide, rows, say, sparkline } from "./draw.js";
-import { NONE, count, rate, share, span, words } from "./format.js";
+import { NONE, bytes, count, rate, share, span, words } from "./format.js";
 import { watch } from "./live.js";
 
 const KEY = "sluice.admin-key";
@@ -197,7 +197,13 @@ function showModels({ models }) {
 }
 
 function cardOf({ card }) {
-  return card ? words(...Object.entries(card).map(([name, value]) => `${name} ${value}`)) : "";
+  if (!card) return "";
+  return words(
+    card.quality !== null && `${share(card.quality)} of dense quality`,
+    bytes(card.size_bytes),
+    card.tokens_per_s !== null && `measured ${rate(card.tokens_per_s)} tokens/s at ${count(card.streams)} streams`,
+    card.passes === false && "fails its gate",
+  );
 }
 
 function showBatches({ at: now, batches }) {

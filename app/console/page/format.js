@@ -26,6 +26,11 @@ export function span(seconds) {
   return `${whole.format(seconds / 86400)} d`;
 }
 
+export function bytes(value) {
+  const unit = value < 2 ** 30 ? "MiB" : "GiB";
+  return `${precise.format(value / (unit === "MiB" ? 2 ** 20 : 2 ** 30))} ${unit}`;
+}
+
 export function share(value) {
   return value === null || value === undefined ? NONE : `${whole.format(value * 100)} %`;
 }

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from app import settings
 from app.admission.controller import RedisAdmission
-from app.admission.ledger import Scripts
+from app.admission.ledger import LAYOUT, Scripts
 from app.admission.roster import QueuedLease
 from app.admission.ticket import Ticket
 from app.inference import Band
@@ -21,7 +21,7 @@ from app.telemetry.logs import open_log
 from app.telemetry.metrics import Metrics
 from app.tenant import Tenant
 
-PREFIX = "{sluice}:1:"
+PREFIX = f"{{sluice}}:{LAYOUT}:"
 
 
 def ticket(*candidates: str, band: Band = Band.DEFAULT, tenant: str = "t", deadline: float = float("inf")) -> Ticket:
@@ -128,11 +128,17 @@ class Dump:
         }
         self.slots = _counts(words.get("slots", []))
         self.depth = _counts(words.get("depth", []))
-        self.reserved = set(words.get("reserved", ()))
-        self.live = {name.removeprefix("live:"): set(ids) for name, ids in words.items() if name.startswith("live:")}
+        self.live = {
+            name.removeprefix("reserved:"): set(ids) for name, ids in words.items() if name.startswith("reserved:")
+        }
+        self.reserving = set(words.get("reserving", ()))
         self.spent = {
             name.removeprefix("spent:"): _counts(fields) for name, fields in words.items() if name.startswith("spent:")
         }
+
+    @property
+    def reserved(self) -> set[str]:
+        return {reservation for ids in self.live.values() for reservation in ids}
 
     @property
     def leases(self) -> set[str]:

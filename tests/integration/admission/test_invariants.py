@@ -215,14 +215,15 @@ class LedgerMachine(RuleBasedStateMachine):
         known = self._sure(name)
         if known.reserved:
             reservation = sorted(known.reserved)[at % len(known.reserved)]
-            amounts = (used,) * len(known.reserved.pop(reservation).claims)
-            known.unheard.append(Settlement(reservation, amounts))
+            made = known.reserved.pop(reservation)
+            known.unheard.append(Settlement(reservation, made.tenant, made.claims, (used,) * len(made.claims)))
             self._tell_settled(known, loses_reply)
 
     @rule(name=st.sampled_from(NAMES), used=st.sampled_from((0, 50)))
     def settle_what_is_not_reserved(self, name: str, used: int) -> None:
         known = self._sure(name)
-        known.unheard.append(Settlement(known.replica.new_id(), (used,)))
+        claims = (Claim(LIMIT, MOST, WINDOW_US, 1),)
+        known.unheard.append(Settlement(known.replica.new_id(), "a", claims, (used,)))
         self._tell_settled(known, False)
 
     @rule(name=st.sampled_from(NAMES))
@@ -323,6 +324,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def _check_quota(self, state: Dump) -> None:
         """What is taken is what was reserved and not given back, once each; what is live is what is not settled."""
         assert state.reserved == set(self.truth.live)
+        assert state.reserving == set(state.live)
         for tenant in "ab":
             live = {name for name, (whose, _) in self.truth.live.items() if whose == tenant}
             assert state.live.get(tenant, set()) == live

@@ -285,6 +285,20 @@ async def test_what_was_given_without_the_ledger_is_told_to_it(valkey: Valkey, p
         assert len(await granted(one, *[asked(limits)] * 9)) == 3
 
 
+async def test_who_ends_while_the_ledger_is_gone_is_settled_when_it_is_back(valkey: Valkey, proxy: FaultProxy) -> None:
+    limits = Limits(requests_per_min=10, tokens_per_min=1000, concurrent=4)
+    async with replica(proxy.url, SLOTS, lease_s=15) as one:
+        lease = await one.admit(asked(limits, max_tokens=500))
+        proxy.fall_silent()
+        await until(lambda: one.is_degraded)
+        lease.release(TokenUsage(5, 5))
+        assert one.roster.held == {}
+        proxy.heal()
+        await until(lambda: not one.is_degraded and is_told(valkey.url, one))
+        await until(lambda: not Dump(valkey.url).reserved)
+        assert (spent(valkey.url, "requests_per_min"), spent(valkey.url, "tokens_per_min")) == (1, 10)
+
+
 async def test_an_unheard_settlement_is_told_when_the_ledger_is_back(valkey: Valkey, proxy: FaultProxy) -> None:
     async with replica(proxy.url, SLOTS, lease_s=15) as one:
         lease = await one.admit(asked(Limits(tokens_per_min=1000), max_tokens=500))

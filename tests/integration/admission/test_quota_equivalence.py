@@ -57,9 +57,11 @@ class Pair:
 
     async def settle(self, at: int, amounts: list[int]) -> None:
         if self.places:
-            made = self.places[at % len(self.places)].demand
+            place = self.places[at % len(self.places)]
+            made = place.demand
             assert made is not None
-            await self._settle(Settlement(made.reservation, tuple(amounts[: len(made.claims)])))
+            used = tuple(amounts[: len(made.claims)])
+            await self._settle(Settlement(made.reservation, place.tenant, made.claims, used))
 
     async def settle_again(self, at: int) -> None:
         await self.settle(at, [0, 0, 0])
@@ -103,6 +105,7 @@ async def run(url: str, happened: list[tuple[Any, ...]]) -> Pair:
                 await getattr(pair, name)(*arguments)
             dump = Dump(url)
             assert dump.reserved == pair.queue.quota.names()
+            assert dump.reserving == set(dump.live)
             for tenant in "ab":
                 assert len(dump.live.get(tenant, ())) == pair.queue.quota.live(tenant)
     return pair

@@ -6,7 +6,7 @@ import redis
 
 from app.admission import ledger
 from tests.integration.admission.driving import LEASE_US, Clock, Replica
-from tests.integration.admission.fleet import Dump, until
+from tests.integration.admission.fleet import PREFIX, Dump, until
 from tests.integration.admission.fleet import replica as running_replica
 from tests.processes import Valkey
 
@@ -50,7 +50,7 @@ async def test_a_dead_steersman_is_followed_by_the_next(valkey: Valkey) -> None:
             assert slots(valkey.url) == 10
             await second.call(ledger.reap())
             assert slots(valkey.url) == 30
-            assert client.hkeys("{sluice}:1:limit:w") == [b"b"]
+            assert client.hkeys(f"{PREFIX}limit:w") == [b"b"]
 
 
 async def test_a_worker_without_limits_has_the_most_that_anyone_sees(valkey: Valkey) -> None:

@@ -13,7 +13,7 @@ import redis
 
 from app.admission.ledger import LAYOUT, Scripts
 from app.errors import ConfigurationError
-from tests.integration.admission.fleet import Dump, granted_in_time, is_told, queued, replica, ticket, until
+from tests.integration.admission.fleet import PREFIX, Dump, granted_in_time, is_told, queued, replica, ticket, until
 from tests.integration.gateway.running import start_gateway
 from tests.processes import Valkey, free_port
 
@@ -52,11 +52,12 @@ async def test_two_versions_of_the_scripts_share_one_ledger(valkey: Valkey) -> N
 
 
 async def test_an_old_replica_that_leaves_hands_its_place_to_a_new_one(valkey: Valkey) -> None:
-    async with replica(valkey.url, 1, COMMENTED) as new:
-        async with replica(valkey.url, 1) as old:
+    """At once, although its lease lives on: it says that it leaves."""
+    async with replica(valkey.url, 1, COMMENTED, lease_s=60) as new:
+        async with replica(valkey.url, 1, lease_s=60) as old:
             await old.admit(ticket())
             (waiting,) = await queued(new, ticket())
-        await asyncio.wait_for(waiting, 2)
+        await asyncio.wait_for(waiting, 8)
         await until(lambda: is_told(valkey.url, new))
 
 
@@ -66,14 +67,14 @@ async def test_another_layout_is_another_ledger_that_this_one_does_not_touch(val
         held = await old.admit(ticket())
         (waiting,) = await queued(old, ticket())
         with redis.Redis.from_url(valkey.url) as client:
-            before = {name: client.dump(name) for name in [*client.keys("{sluice}:1:held:*"), b"{sluice}:1:tickets"]}
+            before = {name: client.dump(name) for name in [*client.keys(f"{PREFIX}held:*"), f"{PREFIX}tickets"]}
             lease, _ = await granted_in_time(new, ticket())
             (behind,) = await queued(new, ticket())
             lease.release()
             await asyncio.wait_for(behind, 2)
             assert {name: client.dump(name) for name in before} == before
             prefixes = {name.rsplit(b":", 1)[0].split(b":")[1] for name in client.keys("{sluice}:*")}
-        assert prefixes == {b"1", b"2"}
+        assert prefixes == {b"%d" % LAYOUT, b"%d" % (LAYOUT + 1)}
         assert Dump(valkey.url).leases == {held.id}
         held.release()
         await asyncio.wait_for(waiting, 2)

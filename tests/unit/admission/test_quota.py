@@ -50,7 +50,7 @@ class Tenant:
 
     def settle(self, demand: Demand, prompt: int, output: int) -> None:
         amounts = amounts_of(demand.claims, Tokens(prompt, output), Tokens(0, 0))
-        self.quota.settle(Settlement(demand.reservation, amounts), self.now_us)
+        self.quota.settle(Settlement(demand.reservation, "t", demand.claims, amounts), self.now_us)
 
     def wait_us(self, prompt: int = 0, output: int = 0) -> int:
         objection = self.quota.objection("t", self.demand(prompt, output), self.now_us)
