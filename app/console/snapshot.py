@@ -24,8 +24,8 @@ ROWS_SHOWN = 100
 
 
 class CardRow(msgspec.Struct, frozen=True):
-    """What `sluice evaluate` measured, as far as it did; `quality` is 1 for the dense sibling, speed is of one worker under
-    its most streams."""
+    """What `sluice evaluate` measured, as far as it did; `quality` is 1 for the dense sibling, speed is of one worker
+    under its most streams."""
 
     quality: float | None
     size_bytes: int

@@ -170,7 +170,7 @@ function showQueue({ queue, queue_left_out: leftOut }) {
     const route = routes.get(flow.workers.join());
     const wait = route?.drain_per_s ? route.expected_wait_s[flow.band] : null;
     return [
-      { text: flow.tenant, sub: `for ${flow.workers.join(", ")}` },
+      { text: flow.tenant, sub: `for ${flow.workers.join(", ")}`, narrow: flow.band },
       { text: flow.band },
       { text: count(flow.depth) },
       { text: span(flow.oldest_s) },
@@ -178,7 +178,7 @@ function showQueue({ queue, queue_left_out: leftOut }) {
       { text: route?.drain_per_s ? `${rate(route.drain_per_s)} /s` : NONE },
     ];
   });
-  at("queue").dataset.more = leftOut ? `and ${count(leftOut)} more` : "";
+  say(at("queue-more"), leftOut ? `the longest waits; ${count(leftOut)} more` : "");
 }
 
 function showModels({ models }) {
@@ -209,7 +209,7 @@ function cardOf({ card }) {
 function showBatches({ at: now, batches }) {
   say(at("batches").nextElementSibling, batches ? "No batch is unfinished." : "None are kept here, or their storage does not answer.");
   rows(at("batches"), batches ?? [], (batch) => batch.id, (batch) => [
-    { text: batch.id, sub: words(batch.model, batch.tenant) },
+    { text: batch.id, sub: words(batch.model, batch.tenant), narrow: batch.status.replace("_", " ") },
     { text: batch.status.replace("_", " ") },
     {
       text: batch.total ? `${count(batch.completed + batch.failed)} / ${count(batch.total)}` : NONE,

@@ -28,7 +28,8 @@ export function span(seconds) {
 
 export function bytes(value) {
   const unit = value < 2 ** 30 ? "MiB" : "GiB";
-  return `${precise.format(value / (unit === "MiB" ? 2 ** 20 : 2 ** 30))} ${unit}`;
+  const size = value / (unit === "MiB" ? 2 ** 20 : 2 ** 30);
+  return `${(size < 10 ? precise : whole).format(size)} ${unit}`;
 }
 
 export function share(value) {
