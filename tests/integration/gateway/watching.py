@@ -31,9 +31,10 @@ class Watching:
 
     async def ended(self) -> None:
         """Wait until the stream ends, properly."""
-        while True:
+        async with asyncio.timeout(DEADLINE_S):
             try:
-                await self.snapshot()
+                while True:
+                    await self.snapshot()
             except StopAsyncIteration:
                 return
 
