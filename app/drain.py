@@ -9,18 +9,11 @@ serving ──a signal──> quiet        probes say no; who comes is still ser
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from app.errors import Draining
+from app.served import Served
 
 RETRY_AFTER_S = 1.0  # another replica, or this one's successor, is there already
-
-
-class Cuttable(Protocol):
-    """A request that is being served."""
-
-    def cut(self, error: Draining) -> None:
-        """End it with `error`, as soon as the event loop turns."""
 
 
 class Drain:
@@ -28,21 +21,10 @@ class Drain:
 
     __slots__ = ("_served", "_turn_away", "is_quiet")
 
-    def __init__(self, turn_away: Callable[[Draining], None]) -> None:
+    def __init__(self, turn_away: Callable[[Draining], None], served: Served) -> None:
         self._turn_away = turn_away
-        self._served: set[Cuttable] = set()
+        self._served = served
         self.is_quiet = False
-
-    def opened(self, request: Cuttable) -> None:
-        self._served.add(request)
-
-    def closed(self, request: Cuttable) -> None:
-        self._served.discard(request)
-
-    @property
-    def served(self) -> int:
-        """Requests that are being served."""
-        return len(self._served)
 
     def begin(self) -> None:
         """Be quiet: whoever asks whether to send requests here is told not to."""
@@ -55,8 +37,7 @@ class Drain:
     def cut(self) -> None:
         """End what is left."""
         self.turn_away()
-        for request in list(self._served):
-            request.cut(_error())
+        self._served.cut(_error())
 
 
 def _error() -> Draining:

@@ -12,6 +12,7 @@
         ├── ContextLengthExceeded   400 context_length_exceeded
         ├── WorkerRefused           4xx the worker's own answer to a bad request, in OpenAI's shape
         ├── InvalidApiKey           401 invalid_api_key
+        │   └── KeyRevoked          401 key_revoked: while its request waited or ran
         ├── PermissionDenied        403 permission_denied
         ├── ModelNotFound           404 model_not_found
         ├── RouteNotFound           404 not_found
@@ -174,6 +175,12 @@ class InvalidApiKey(InvalidRequest):
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         return [*super().headers(), (b"www-authenticate", b"Bearer")]
+
+
+class KeyRevoked(InvalidApiKey):
+    """The key was good when the request came, and somebody has ended it since."""
+
+    code = "key_revoked"
 
 
 class PermissionDenied(InvalidRequest):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -25,10 +25,11 @@ from app.console.board import Board
 from app.console.console import Console, Sources
 from app.credentials import server_secret
 from app.drain import Drain
-from app.errors import ModelNotFound
+from app.errors import KeyRevoked, ModelNotFound
 from app.gateway import Gateway
 from app.relay.relay import Relay
 from app.routing.router import Router
+from app.served import Served
 from app.settings import Health, Settings, is_loopback
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_audit, open_log
@@ -63,6 +64,7 @@ class Runtime:
     directory: Directory
     registrar: Registrar | None
     admission: QueuedAdmission
+    served: Served
     drain: Drain
     gauges: Gauges
     metrics: Metrics
@@ -80,8 +82,9 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     clock = time.monotonic
     log = open_log(settings.logs)
     secret = server_secret(settings.auth)
-    metrics = open_metrics(tuple(tenant.name for tenant in settings.tenants))
     tenants = Tenants(settings.tenants, settings.default_tenant, secret)
+    metrics = open_metrics(tenants.named)
+    tenants.listen(lambda: metrics.show_tenants(tenants.named))
     catalogue = Catalogue.of(settings.models)
     registry = Registry(catalogue, log)
     admission = _admission(settings, metrics, log)
@@ -96,10 +99,13 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
-    drain = Drain(admission.turn_away)
+    served = Served()
+    drain = Drain(admission.turn_away, served)
     pepper = Pepper(secret)
     stores = stores_of(settings) if settings.is_guarded else []
-    directory = Directory(stores, tenants, settings.auth.stale_s, log, clock, time.time)
+    ends = Revocations(served, log)
+    directory = Directory(stores, tenants, settings.auth.stale_s, log, clock, time.time, ends.revoked)
+    tenants.listen(directory.look_up_tenants)
     identification = _identification(settings, directory, pepper, tenants, metrics)
     registrar = Registrar(RedisKeys(settings.redis), pepper, time.time) if settings.redis else None
     if not settings.is_guarded:
@@ -119,6 +125,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         directory,
         registrar,
         admission,
+        served,
         drain,
         gauges,
         metrics,
@@ -138,6 +145,18 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
             await registrar.aclose()
         relay.close()
         metrics.close()
+
+
+class Revocations:
+    """Ends what revoked keys have begun: those who wait are turned away, and streams end in an error event."""
+
+    def __init__(self, served: Served, log: Log) -> None:
+        self._served = served
+        self._log = log
+
+    def revoked(self, key_ids: Set[str]) -> None:
+        ended = self._served.cut_of(key_ids, KeyRevoked("This API key was revoked."))
+        self._log.info("keys revoked", keys=sorted(key_ids), requests_ended=ended)
 
 
 class Capacity:
@@ -214,9 +233,7 @@ def _batches(
     claims: Claims = LocalClaims()
     if settings.redis is not None:
         claims = RedisClaims(settings.redis, limits.lease_s, time.monotonic)
-    runs = LineRuns(
-        gateway, journal, meter.look, tenants.get, limits, settings.parameters, metrics, log, time.monotonic
-    )
+    runs = LineRuns(gateway, journal, meter, tenants.get, limits, settings.parameters, metrics, log, time.monotonic)
 
     def knows(tenant: str, model: str) -> bool:
         try:

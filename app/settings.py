@@ -252,14 +252,17 @@ class Model(Part):
 
 
 class Admission(Part):
-    """Who waits, how long, and in which order. Limits hold across all replicas that share a Redis."""
+    """Who waits, how long, and in which order. Limits hold across all replicas that share a Redis.
 
-    queue_limit: int = Field(1000, ge=0, description="requests that may wait, in all")
-    queue_limit_per_band: int = Field(1000, ge=0)
+    By default there is room for every band to be full, so none crowds out another, and four tenants fill a band.
+    """
+
+    queue_limit: int = Field(16_000, ge=0, description="requests that may wait, in all")
+    queue_limit_per_band: int = Field(4000, ge=0)
     queue_limit_per_tenant: int = Field(1000, ge=0)
     queue_mib: int = Field(1024, ge=1, description="bodies of requests that wait, in all")
-    queue_mib_per_band: int = Field(1024, ge=1)
-    queue_mib_per_tenant: int = Field(1024, ge=1)
+    queue_mib_per_band: int = Field(256, ge=1)
+    queue_mib_per_tenant: int = Field(64, ge=1)
     queue_timeout_s: float = Field(30, gt=0, le=3600, description="longest wait for a slot")
     queue_timeout_by_band_s: dict[BandName, PositiveFloat] = Field(
         {"flex": 300.0, "batch": 3600.0}, description="where it differs"
@@ -416,6 +419,8 @@ class Batches(Part):
     range_lines: int = Field(128, ge=1, le=1000, description="lines that one gateway claims together")
     range_bytes: int = Field(4 * 1024 * 1024, ge=1, description="no more of the input are claimed together")
     files_kept_s: int = Field(30 * 86400, ge=60, description="for files without a date of their own")
+    batches_kept_s: int = Field(30 * 86400, ge=60, description="what is told of a batch, after it ended")
+    keys_kept_s: int = Field(86400, ge=60, description="so long an Idempotency-Key stands for the same batch")
     batches_per_tenant: int = Field(100, ge=1, description="that are not finished")
     lines_in_flight: int = Field(256, ge=1, le=65536, description="of one model, by one gateway process")
     ttft_target_s: float = Field(1.0, gt=0, description="TTFT of interactive streams above which lines give way")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import cached_property
 
 
 class Band(StrEnum):
@@ -22,12 +23,9 @@ class Band(StrEnum):
 _ORDER = {band: rank for rank, band in enumerate(Band)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Limits:
-    """What a tenant may use, over all replicas; None is no limit. Minutes and days are windows that refill.
-
-    `rates` are those that refill and are set, (name, most): looked at for each request, so found once.
-    """
+    """What a tenant may use, over all replicas; None is no limit. Minutes and days are windows that refill."""
 
     requests_per_min: int | None = None
     tokens_per_min: int | None = None
@@ -35,12 +33,12 @@ class Limits:
     output_tokens_per_min: int | None = None
     tokens_per_day: int | None = None
     concurrent: int | None = None
-    rates: tuple[tuple[str, int], ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        named = ((part.name, getattr(self, part.name)) for part in fields(self) if part.init)
-        rates = tuple((name, most) for name, most in named if most is not None and name != "concurrent")
-        object.__setattr__(self, "rates", rates)
+    @cached_property
+    def rates(self) -> tuple[tuple[str, int], ...]:
+        """Those that refill and are set, (name, most). They are looked at for each request, so they are found once."""
+        named = ((part.name, getattr(self, part.name)) for part in fields(self))
+        return tuple((name, most) for name, most in named if most is not None and name != "concurrent")
 
     @property
     def is_unlimited(self) -> bool:

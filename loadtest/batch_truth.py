@@ -30,7 +30,7 @@ ORDER = ("validating", "in_progress", "finalizing", "completed")
 
 @dataclass(frozen=True)
 class TruthPlan:
-    """`every_s`: the shortest and the longest time between two hits; `pause_s` of a sleep."""
+    """`every_s`: the shortest and the longest time between two hits; `pause_s` of a sleep; `hits` at the most."""
 
     lines: int = 50_000
     every_s: tuple[float, float] = (5.0, 10.0)
@@ -40,6 +40,7 @@ class TruthPlan:
     workers: int = 2
     gateways: int = 2
     seed: int = 1
+    hits: int = 10_000
     limit_s: float = 3600.0
 
 
@@ -119,7 +120,7 @@ async def _hit(plan: TruthPlan, victims: Sequence[Victim], truth: Truth) -> None
     kinds = sorted({victim.name.rstrip("0123456789") for victim in victims})
     waking: set[asyncio.Task[None]] = set()
     try:
-        while True:
+        while truth.hits.total() < plan.hits:
             await asyncio.sleep(lot.uniform(*plan.every_s))
             kind = lot.choice(kinds)
             victim = lot.choice([one for one in victims if one.name.rstrip("0123456789") == kind])
@@ -135,6 +136,7 @@ async def _hit(plan: TruthPlan, victims: Sequence[Victim], truth: Truth) -> None
             else:
                 victim.pause()
                 waking.add(asyncio.create_task(_wake(victim, lot.uniform(*plan.pause_s))))
+        await asyncio.gather(*waking)
     finally:
         for task in waking:
             task.cancel()

@@ -29,6 +29,9 @@ STREAM = ChatRequest(1_000, 64, stream=True)
 """What a chunk's cost is measured with; the request's own cost, spread over its chunks, is in it."""
 STREAM_ITL_MS = 32.0
 STREAM_S = STREAM.tokens * STREAM_ITL_MS / 1e3
+MARGIN_S = 120.0
+"""What one step may take beyond the windows that it measures."""
+WINDOWS_PER_STEP = 4
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,20 @@ class Window:
 class Visit:
     """One freshly started target in front of a fresh worker, and the loads it is put through."""
 
-    def __init__(self, target: Target, plan: Plan, repeat: int, site: Site, pid: int, findings: Findings) -> None:
+    def __init__(
+        self,
+        target: Target,
+        plan: Plan,
+        repeat: int,
+        site: Site,
+        pid: int,
+        findings: Findings,
+        *,
+        margin_s: float = MARGIN_S,
+    ) -> None:
         self._target, self._plan, self._repeat = target, plan, repeat
         self._site, self._pid, self._findings = site, pid, findings
+        self._limit_s = margin_s + WINDOWS_PER_STEP * (plan.warmup_s + plan.window_s)
 
     async def weigh(self) -> None:
         """Memory, which only a target that has carried nothing yet shows clearly."""
@@ -107,8 +121,9 @@ class Visit:
     async def _try(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         """Take one step; if it fails it leaves a note, and the others go on."""
         try:
-            await self._pace()
-            await step()
+            async with _within(self._limit_s):
+                await self._pace()
+                await step()
         except (LoadError, MeterError) as error:
             self._findings.note(f"{name}: {error}")
             name = f"{name}: {error}"
@@ -216,7 +231,9 @@ class Visit:
         return direct, through
 
     async def _memory(self) -> None:
-        count, gap_s = self._plan.idle_count, self._plan.idle_gap_s
+        count, gap_s = min(self._plan.idle_count, self._target.most_idle), self._plan.idle_gap_s
+        if count < self._plan.idle_count:
+            self._findings.note(f"memory: of {count:,} idle streams")
         await self._pace(itl_ms=gap_s * 1e3)
         before = read_pss_mib(self._pid)
         self._findings.add(Figure.PSS, before)
@@ -230,6 +247,16 @@ class Visit:
         async with httpx.AsyncClient(base_url=self._site.worker.url, timeout=5) as client:
             answer = await client.post("/pace", json={"ttft_ms": ttft_ms, "itl_ms": itl_ms})
             answer.raise_for_status()
+
+
+@asynccontextmanager
+async def _within(limit_s: float) -> AsyncIterator[None]:
+    """Bound the block's time, whatever the target does with it. Raises LoadError."""
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError:
+        raise LoadError(f"not done within {limit_s:g} s") from None
 
 
 @asynccontextmanager

@@ -40,6 +40,7 @@ class Target:
         version: asked only where nothing is missing.
         ready_path: what must answer 200 before the first request, where the target has such a path.
         needs_valkey: whether one is to be started beside it, on the load's cores: its CPU is not the target's.
+        most_idle: idle streams that it can be asked to hold; one that needs milliseconds to open each has fewer.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target:
     version: Callable[[], str]
     ready_path: str | None = None
     needs_valkey: bool = False
+    most_idle: int = 9_000
 
 
 def targets(home: Path) -> dict[str, Target]:
@@ -73,7 +75,7 @@ def naive() -> Target:
         packages = ("fastapi", "httpx", "uvicorn", "uvloop", "httptools")
         return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
-    return Target("naive", command, lambda: None, version)
+    return Target("naive", command, lambda: None, version, most_idle=1_000)
 
 
 def sluice(processes: int) -> Target:

@@ -106,6 +106,12 @@ def caller_of(scope: Scope) -> Caller:
     return caller
 
 
+def key_id_of(scope: Scope) -> str | None:
+    """Of the key that the request came with."""
+    key = caller_of(scope).key
+    return None if key is None else key.id
+
+
 def note(scope: Scope, **facts: str) -> None:
     """Let the audit line of this request tell what it was about."""
     scope[NOTES].update(facts)

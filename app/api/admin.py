@@ -39,7 +39,7 @@ class LimitsView(BaseModel):
 
 @routes.get("/limits", summary="Limits: what each tenant has used of its windows, and how much runs at once")
 async def limits(runtime: RuntimeOf) -> LimitsView:
-    tenants = [runtime.tenants.get(tenant.name) for tenant in runtime.settings.tenants]
+    tenants = [runtime.tenants.get(name) for name in runtime.tenants.named]
     limited = {tenant.name: tenant.limits for tenant in tenants if not tenant.limits.is_unlimited}
     metered = [Metered(name, claims_of(of, NOTHING, NOTHING)) for name, of in limited.items()]
     overview = await runtime.admission.overview(metered)

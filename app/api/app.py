@@ -63,9 +63,10 @@ def create_app(settings: Settings) -> ASGIApp:
     api.add_exception_handler(RequestValidationError, _validation_error)
     api.add_exception_handler(GatewayError, _gateway_error)
     api.add_exception_handler(Exception, _internal_error)
-    api.openapi = lambda: document(api)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    rules = Rules(DECLARED, OPERATOR_PAGES)
+    api.openapi = lambda: document(api, rules)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     admin_port = settings.admin.port if settings.admin is not None else None
-    inner = Errors(Dispatch(Guard(Rules(DECLARED, OPERATOR_PAGES), admin_port), InferenceRoutes(), api))
+    inner = Errors(Dispatch(Guard(rules, admin_port), InferenceRoutes(), api))
     return RequestIds(inner)
 
 

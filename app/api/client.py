@@ -9,8 +9,8 @@ from typing import Protocol, Self
 
 from starlette.types import Receive, Scope
 
-from app.drain import Drain
-from app.errors import Draining, RequestTooLarge, UnsupportedMediaType
+from app.errors import GatewayError, RequestTooLarge, UnsupportedMediaType
+from app.served import Served
 from app.settings import Limits
 from app.telemetry.account import CLIENT_GONE, CLIENT_STALLED
 
@@ -75,15 +75,17 @@ class ClientWatch:
 
     At every stage: while the request waits in the queue, while the worker thinks, for answers that stream and for
     answers that don't. A client that does not read is disconnected. When the gateway stops before the block has ended,
-    it is cancelled too, and raises Draining. The cancellation's message is the code of what is raised.
+    or the key `key_id` that the request came with is revoked, it is cancelled too, and raises Draining or KeyRevoked.
+    The cancellation's message is the code of what is raised.
     """
 
-    __slots__ = ("_connection", "_drain", "_reason", "_stall_s", "_task", "_timer")
+    __slots__ = ("_connection", "_reason", "_served", "_stall_s", "_task", "_timer", "key_id")
 
-    def __init__(self, connection: Connection, stall_s: float, drain: Drain) -> None:
+    def __init__(self, connection: Connection, stall_s: float, served: Served, key_id: str | None) -> None:
         self._connection = connection
         self._stall_s = stall_s
-        self._drain = drain
+        self._served = served
+        self.key_id = key_id
         self._reason: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -95,13 +97,13 @@ class ClientWatch:
         self._connection.on_stall = self._watch_stall
         if self._connection.paused_since is not None:
             self._watch_stall()
-        self._drain.opened(self)
+        self._served.opened(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._drain.closed(self)
+        self._served.closed(self)
         self._connection.on_disconnect = self._connection.on_stall = None
         if self._timer is not None:
             self._timer.cancel()
@@ -128,8 +130,8 @@ class ClientWatch:
         else:
             self._timer = loop.call_later(left_s, self._check_stall)
 
-    def cut(self, error: Draining) -> None:
-        """See `drain.Cuttable`."""
+    def cut(self, error: GatewayError) -> None:
+        """See `served.Cuttable`."""
         self._end(error, error.code)
 
     def _leave(self) -> None:

@@ -14,13 +14,14 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from app.api.access import key_id_of
 from app.api.client import ClientGone, ClientWatch
 from app.api.dependencies import BatchesOf, RuntimeOf, TenantOf
 from app.api.protocol import connection_of
 from app.batches.files import FileRecord
 from app.batches.storage import CHUNK_BYTES, Missing
-from app.drain import Drain
 from app.errors import InvalidValue, ObjectNotFound, RequestTooLarge, StorageUnavailable, UnsupportedMediaType
+from app.served import Served
 from app.settings import Batches as Limits
 
 routes = APIRouter(prefix="/v1/files", tags=["batches"])
@@ -144,7 +145,7 @@ async def delete_file(file_id: str, batches: BatchesOf, tenant: TenantOf) -> Fil
 async def content(file_id: str, runtime: RuntimeOf, batches: BatchesOf, tenant: TenantOf) -> Response:
     record = await batches.files.find(tenant.name, file_id)
     chunks = batches.files.content(tenant.name, record)
-    return _Content(record, chunks, runtime.settings.relay.client_stall_timeout_s, runtime.drain)
+    return _Content(record, chunks, runtime.settings.relay.client_stall_timeout_s, runtime.served)
 
 
 class _Form:
@@ -190,15 +191,15 @@ class _Form:
 class _Content(Response):
     """A file on the wire. A client that leaves or stops to read is noticed as on any other route."""
 
-    def __init__(self, record: FileRecord, chunks: AsyncIterator[bytes], stall_s: float, drain: Drain) -> None:
+    def __init__(self, record: FileRecord, chunks: AsyncIterator[bytes], stall_s: float, served: Served) -> None:
         super().__init__(media_type="application/octet-stream")
         self.headers["content-length"] = str(record.bytes)
         self._chunks = chunks
         self._stall_s = stall_s
-        self._drain = drain
+        self._served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with ClientWatch(connection_of(scope), self._stall_s, self._drain):
+        with ClientWatch(connection_of(scope), self._stall_s, self._served, key_id_of(scope)):
             try:
                 first = await anext(self._chunks, b"")
             except Missing:

@@ -9,7 +9,7 @@ from math import inf
 
 from starlette.types import Receive, Scope, Send
 
-from app.api.access import caller_of
+from app.api.access import caller_of, key_id_of
 from app.api.client import ClientWatch, read_body
 from app.api.protocol import connection_of
 from app.api.queue_events import serve_announced
@@ -85,7 +85,8 @@ class InferenceRoutes:
             raise
         client, response = connection_of(scope), response_of(scope)
         try:
-            with ClientWatch(client, runtime.settings.relay.client_stall_timeout_s, runtime.drain):
+            stall_s = runtime.settings.relay.client_stall_timeout_s
+            with ClientWatch(client, stall_s, runtime.served, key_id_of(scope)):
                 if request.wants_queue_events:
                     await serve_announced(runtime.gateway, request, response, client)
                     return

@@ -136,7 +136,7 @@ async def revoke_key(key_id: str, request: Request, runtime: RuntimeOf, registra
 async def list_tenants(runtime: RuntimeOf) -> TenantList:
     now = datetime.now(UTC)
     async with _told():
-        counts = dict.fromkeys((tenant.name for tenant in runtime.settings.tenants), 0)
+        counts = dict.fromkeys(runtime.tenants.named, 0)
         for _, key in await _kept(runtime):
             counts[key.tenant] = counts.get(key.tenant, 0) + key.is_valid(now)
     return TenantList(data=[_terms(runtime.tenants.get(name), count) for name, count in sorted(counts.items())])

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from app.api import schemas
+from app.api.access import Access, Rules
 from app.inference import Route
 
 REF = "#/components/schemas/{model}"
@@ -27,7 +28,16 @@ _INFERENCE: dict[Route, tuple[str, type[BaseModel], type[BaseModel] | None, bool
     Route.DETOKENIZE: ("Token ids to text", schemas.DetokenizeRequest, None, False),
 }
 
+_SECURITY = "key"
+_GUARDED = {
+    "401": "No API key, none that opens anything here, or one that was revoked while the request waited",
+    "404": "There is no such thing here, for this key",
+    "429": "More than the tenant may use, or too many wrong keys; see `retry-after`",
+    "503": "A part of the service is out of reach; see `retry-after`",
+}
+_ADMINS = {"403": "The key is good, and not for this"}
 _ERRORS = {
+    **_GUARDED,
     "400": "The request cannot be served as it stands",
     "404": "No such model, or the model does not offer this route",
     "413": "The body is too large",
@@ -38,12 +48,13 @@ _ERRORS = {
 }
 
 
-def document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document of the whole gateway; built once."""
+def document(app: FastAPI, rules: Rules) -> dict[str, Any]:
+    """The OpenAPI document of the whole gateway, with who may ask for what; built once."""
     if app.openapi_schema is None:
         built = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _drop_framework_errors(built)
         _add_inference(built)
+        _add_security(built, rules)
         app.openapi_schema = built
     return app.openapi_schema
 
@@ -67,6 +78,20 @@ def _add_inference(built: dict[str, Any]) -> None:
     built.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
     for route, (summary, request, answer, streams) in _INFERENCE.items():
         built["paths"][route.value] = {"post": _operation(route, summary, request, answer, streams)}
+
+
+def _add_security(built: dict[str, Any], rules: Rules) -> None:
+    """What the guard asks for and answers, before any route does."""
+    built["components"]["securitySchemes"] = {
+        _SECURITY: {"type": "http", "scheme": "bearer", "description": "An API key, where keys are asked for"}
+    }
+    for path, operations in built["paths"].items():
+        access = rules.of(path)
+        errors = {} if access is Access.PROBE else {**_GUARDED, **(_ADMINS if access is Access.ADMIN else {})}
+        for operation in operations.values():
+            operation["security"] = [] if access is Access.PROBE else [{_SECURITY: []}]
+            for status, text in errors.items():
+                operation["responses"].setdefault(status, _error(text))
 
 
 def _operation(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from hashlib import sha256
 
 import msgspec
@@ -20,6 +20,8 @@ from app.errors import ObjectNotFound
 
 HALF_MADE_S = 24 * 3600
 """An upload takes less. What has no record after that never will."""
+LINGERS_S = 3600
+"""Between a file's end for clients and its being taken away: who found it just before may have made it an input."""
 RECORD = "record"
 PURPOSES = frozenset({"batch", "batch_output"})
 
@@ -91,6 +93,13 @@ class Files:
             raise ObjectNotFound(f"No such File object: {file_id[:64]}", param="id")
         return record
 
+    async def find_input(self, tenant: str, file_id: str) -> FileRecord:
+        """Like `find`, also when it has expired since: a batch that has begun is run to its end."""
+        record = await self._stored(tenant, file_id)
+        if record is None:
+            raise ObjectNotFound(f"No such File object: {file_id[:64]}", param="id")
+        return record
+
     def content(self, tenant: str, record: FileRecord) -> AsyncIterator[bytes]:
         """Its bytes, in chunks. Raises Missing if it is deleted meanwhile."""
         return self._storage.stream(f"{_place(tenant, record.id)}/{record.blob}")
@@ -116,19 +125,20 @@ class Files:
                 page.append(record)
         return page, False
 
-    async def sweep(self) -> int:
-        """Take away what has expired and what was never finished; how many."""
+    async def sweep(self, inputs: Collection[str]) -> int:
+        """Take away what has expired and what was never finished, but for `inputs`, which are in use; how many."""
         taken = 0
         for owner in await self._storage.names("files"):
             for name in await self._storage.names(f"files/{owner}"):
-                taken += await self._sweep(f"files/{owner}/{name}", made_at(name))
+                if name not in inputs:
+                    taken += await self._sweep(f"files/{owner}/{name}", made_at(name))
         return taken
 
     async def _sweep(self, place: str, made: float) -> bool:
         now = self._now()
         try:
             record = _decode(await self._storage.read(f"{place}/{RECORD}"))
-            is_over = record.expires_at is not None and record.expires_at <= now
+            is_over = record.expires_at is not None and record.expires_at + LINGERS_S <= now
         except Missing:
             is_over = now - made > HALF_MADE_S
         if is_over:
@@ -138,11 +148,15 @@ class Files:
 
     async def _read(self, tenant: str, file_id: str) -> FileRecord | None:
         """The record, unless there is none or it has expired."""
+        record = await self._stored(tenant, file_id)
+        is_over = record is not None and record.expires_at is not None and record.expires_at <= self._now()
+        return None if is_over else record
+
+    async def _stored(self, tenant: str, file_id: str) -> FileRecord | None:
         try:
-            record = _decode(await self._storage.read(f"{_place(tenant, file_id)}/{RECORD}"))
+            return _decode(await self._storage.read(f"{_place(tenant, file_id)}/{RECORD}"))
         except Missing:
             return None
-        return None if record.expires_at is not None and record.expires_at <= self._now() else record
 
     async def _take_away(self, tenant: str, record: FileRecord) -> None:
         place = _place(tenant, record.id)

@@ -20,13 +20,14 @@ import msgspec
 
 from app.batches import batch as states
 from app.batches.batch import AnyEvent, Batch, Created, Progress
-from app.batches.files import BATCH_ID, beyond, new_id, owner_of
+from app.batches.files import BATCH_ID, beyond, made_at, new_id, owner_of
 from app.batches.lines import HEAD_BYTES, Head, Record, head_of, records_of, segment
 from app.batches.storage import Missing, Storage
 from app.errors import IdempotencyMismatch, ObjectNotFound
 
 HEADS_KNOWN = 65_536
 CHANGES_TRIED = 16
+FIRST = f"{1:06d}"
 
 _encode = msgspec.json.Encoder().encode
 _decode_event = msgspec.json.Decoder(AnyEvent).decode
@@ -91,7 +92,7 @@ class Journal:
         # And once more after it, as an id that was reserved long ago may have been swept in between.
         mark, owner = f"active/{created.id}", owner_of(created.tenant).encode()
         await self._storage.create(mark, owner)
-        is_new = await self._storage.create(f"{place}/events/{1:06d}", _encode(created))
+        is_new = await self._storage.create(f"{place}/events/{FIRST}", _encode(created))
         await self._storage.create(mark, owner)
         return Batch(created) if is_new else await self.find(created.tenant, created.id)
 
@@ -163,6 +164,42 @@ class Journal:
     async def forget(self, batch_id: str) -> None:
         await self._storage.remove(f"active/{batch_id}")
 
+    async def sweep(self, kept_s: float, keys_kept_s: float) -> int:
+        """Take away batches that ended longer than `kept_s` ago, and keys older than `keys_kept_s`; how many of both.
+
+        A batch that is not at its end keeps its record, and gets back a mark that it may have lost.
+        """
+        taken = 0
+        for owner in await self._storage.names("batches"):
+            for batch_id in await self._storage.names(f"batches/{owner}"):
+                if self._now() - made_at(batch_id) <= kept_s:
+                    break  # they come sorted by age
+                taken += await self._sweep(owner, batch_id, kept_s)
+        for owner in await self._storage.names("keys"):
+            for name in await self._storage.names(f"keys/{owner}"):
+                taken += await self._sweep_key(f"keys/{owner}/{name}", keys_kept_s)
+        return taken
+
+    async def _sweep(self, owner: str, batch_id: str, kept_s: float) -> bool:
+        found = await self._read(owner, batch_id)
+        if found is not None and not found.status.is_final:
+            await self._storage.create(f"active/{batch_id}", owner.encode())
+            return False
+        if found is not None and self._now() - max(found.since.values()) <= kept_s:
+            return False
+        # Without its first event it is gone, whatever a crash leaves of the rest.
+        await self._storage.remove(f"batches/{owner}/{batch_id}/events/{FIRST}")
+        await self._storage.clear(f"batches/{owner}/{batch_id}")
+        return True
+
+    async def _sweep_key(self, place: str, kept_s: float) -> bool:
+        with suppress(Missing):
+            reserved = msgspec.json.decode(await self._storage.read(place), type=_Reserved)
+            if self._now() - made_at(reserved.batch_id) > kept_s:
+                await self._storage.remove(place)
+                return True
+        return False
+
     async def _owner(self, batch_id: str) -> str:
         try:
             return (await self._storage.read(f"active/{batch_id}")).decode()
@@ -172,8 +209,13 @@ class Journal:
     async def _read(self, owner: str, batch_id: str) -> Batch | None:
         place = f"batches/{owner}/{batch_id}/events"
         names = await self._storage.names(place)
-        stored = [await self._storage.read(f"{place}/{name}") for name in names]
-        return states.of_events(_decode_event(text) for text in stored) if stored else None
+        if names[:1] != [FIRST]:
+            return None
+        try:
+            stored = [await self._storage.read(f"{place}/{name}") for name in names]
+        except Missing:  # it is being taken away
+            return None
+        return states.of_events(map(_decode_event, stored))
 
     # lines
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from math import ceil
+from typing import Protocol
 
 from app.batches.batch import Batch
 from app.batches.journal import Journal, RangeLog, Sealed
@@ -41,10 +43,17 @@ AHEAD_S = 1.0
 
 
 class Gate:
-    """Lets so many lines of one model pass at a time, first come first served; how many may change at any moment."""
+    """Lets so many lines of one model pass at a time, first come first served; how many may change at any moment.
 
-    def __init__(self) -> None:
+    `interactive` are the slots that others hold now: what they took or left since the latest look is at once less or
+    more for lines, of which there are `most` at the most.
+    """
+
+    def __init__(self, interactive: Callable[[], int], most: int) -> None:
         self.slack = Slack()
+        self._interactive = interactive
+        self._most = most
+        self._interactive_seen = 0
         self.inside = 0
         self.passed_ever = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -55,7 +64,7 @@ class Gate:
 
     @asynccontextmanager
     async def passed(self) -> AsyncIterator[None]:
-        if self._waiting or self.inside >= self.slack.limit:
+        if self._waiting or self.inside >= self._limit:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
             try:
@@ -63,7 +72,7 @@ class Gate:
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
                     self._leave()
-                else:
+                elif turn in self._waiting:  # or it was passed over, as it was cancelled already
                     self._waiting.remove(turn)
                 raise
         else:
@@ -74,16 +83,23 @@ class Gate:
         finally:
             self._leave()
 
-    def set(self, slack: Slack) -> None:
-        self.slack = slack
+    def set(self, slack: Slack, interactive: int) -> None:
+        """From a look that saw so many others."""
+        self.slack, self._interactive_seen = slack, interactive
         self._let_in()
+
+    @property
+    def _limit(self) -> int:
+        return (
+            min(self._most, self.slack.limit + self._interactive_seen - self._interactive()) if self.slack.limit else 0
+        )
 
     def _leave(self) -> None:
         self.inside -= 1
         self._let_in()
 
     def _let_in(self) -> None:
-        while self._waiting and self.inside < self.slack.limit:
+        while self._waiting and self.inside < self._limit:
             turn = self._waiting.popleft()
             if not turn.done():
                 self.inside += 1
@@ -105,8 +121,12 @@ class Pace:
             self._passed, self._at = passed, now
 
 
-Look = Callable[[str], Awaitable[Seen]]
-"""What there is to see of a model's workers now."""
+class Sight(Protocol):
+    """What there is to see of a model's workers: see `meter.Meter`."""
+
+    async def look(self, name: str) -> Seen: ...
+
+    def interactive(self, name: str) -> int: ...
 
 
 class LineRuns:
@@ -116,7 +136,7 @@ class LineRuns:
         self,
         gateway: Gateway,
         journal: Journal,
-        look: Look,
+        sight: Sight,
         tenant: Callable[[str], Tenant],
         limits: Limits,
         parameters: Parameters,
@@ -127,7 +147,7 @@ class LineRuns:
         self.journal = journal
         self.limits = limits
         self._gateway = gateway
-        self._look = look
+        self._sight = sight
         self._tenant = tenant
         self._parameters = parameters
         self._metrics = metrics
@@ -145,7 +165,7 @@ class LineRuns:
         """These models have batches; gates of others that nobody uses are forgotten."""
         wanted = set(models)
         for model in wanted.difference(self._gates):
-            self._gates[model] = Gate()
+            self._gates[model] = Gate(partial(self._sight.interactive, model), self.limits.lines_in_flight)
         for model in [
             name for name, gate in self._gates.items() if not (name in wanted or gate.inside or gate.waiting)
         ]:
@@ -155,10 +175,10 @@ class LineRuns:
     async def look(self) -> None:
         """Let as many lines pass as there is slack for now."""
         for model, gate in list(self._gates.items()):
-            seen = await self._look(model)
+            seen = await self._sight.look(model)
             most, target_s = self.limits.lines_in_flight, self.limits.ttft_target_s
             self._paces.setdefault(model, Pace()).look(gate.passed_ever, self._clock())
-            gate.set(gate.slack.look(seen, gate.inside, most=most, ttft_target_s=target_s))
+            gate.set(gate.slack.look(seen, gate.inside, most=most, ttft_target_s=target_s), seen.interactive)
 
     def room(self, model: str) -> int:
         """How many more lines are wanted at hand, so that none of those in flight is missed until the next looks."""
@@ -256,7 +276,8 @@ class RangeRun:
         """Until every line has a record, or the range is no longer ours. Raises StorageUnavailable when stopped."""
         try:
             await self._runs.journal.read_range(self.batch, self.index, self._log)
-            missing = [(at, line) for at, line in enumerate(lines) if at not in self._log.done]
+            is_open = not self._log.head.is_sealed  # or a batch that has ended would be worked on
+            missing = [(at, line) for at, line in enumerate(lines) if is_open and at not in self._log.done]
             self.left = len(missing)
             self._lines = {asyncio.create_task(self._line(at, line)) for at, line in missing}
             if self._is_stopping:

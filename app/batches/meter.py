@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from app.admission.fairness import RANK
 from app.admission.roster import QueuedAdmission
@@ -40,16 +40,23 @@ class Meter:
         pool = {worker.id for worker in self._registry.pool(variants)}
         overview = await self._admission.overview()
         flows = [flow for flow in overview.flows if not pool.isdisjoint(flow.candidates)]
-        others = [
-            lease
-            for lease in self._admission.roster.held.values()
-            if lease.worker_id in pool and lease.ticket.band is not Band.BATCH
-        ]
         return Seen(
             slots=sum(slots for worker_id, _, slots in overview.slots if worker_id in pool),
             free=sum(max(0, slots - held) for worker_id, held, slots in overview.slots if worker_id in pool),
-            interactive=len(others),
+            interactive=self._interactive(pool),
             waiting=sum(flow.tickets for flow in flows if flow.band < RANK[Band.BATCH]),
             lines_waiting=sum(flow.tickets for flow in flows if flow.band >= RANK[Band.BATCH]),
             ttft_s=self._ttfts.recent(variants[0].model, self._clock()),
         )
+
+    def interactive(self, name: str) -> int:
+        """How many slots of the model this process' interactive requests hold now."""
+        try:
+            variants = self._catalogue.resolve(name)
+        except ModelNotFound:
+            return 0
+        return self._interactive({worker.id for worker in self._registry.pool(variants)})
+
+    def _interactive(self, pool: Set[str]) -> int:
+        leases = self._admission.roster.held.values()
+        return sum(lease.worker_id in pool and lease.ticket.band is not Band.BATCH for lease in leases)

@@ -326,7 +326,7 @@ class Runner:
         await self._files.publish(batch.tenant, file_id, parts(), name, "batch_output", batch.created.outputs_kept_s)
 
     async def _input(self, batch: Batch) -> FileRecord:
-        return await self._files.find(batch.tenant, batch.created.input_file_id)
+        return await self._files.find_input(batch.tenant, batch.created.input_file_id)
 
     def _ended(self, batch: Batch) -> None:
         took_s = max(0, int(self._now()) - batch.created.at)
@@ -343,9 +343,10 @@ class Runner:
         )
 
     async def _sweep(self) -> None:
-        taken = await self._files.sweep()
-        if taken:
-            self._log.info("files taken away", files=taken)
+        files = await self._files.sweep({batch.created.input_file_id for batch in self._known.values()})
+        records = await self._journal.sweep(self._limits.batches_kept_s, self._limits.keys_kept_s)
+        if files or records:
+            self._log.info("batches swept", files=files, records=records)
 
 
 def _is_over(head: Head | None, lines: int) -> bool:

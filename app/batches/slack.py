@@ -1,20 +1,19 @@
 """How many lines may be in flight: what interactive requests leave over, and no more. Pure.
 
 Lines come last in the queue, so a waiting line takes nothing from anybody; but one that runs keeps its slot until it
-is done. So lines are only sent for slots that stand free, with room left for as many interactive requests as there were
-at their latest peak, within a tenth of what is idle. One that has to wait, or a TTFT above its target, halves the lines
-at once; they come back step by step.
+is done. So lines are only sent for slots that stand free, and while interactive requests come a tenth of what is idle
+is kept free for the next ones. Between looks the gate takes back a line for each of them that arrives. One that has to
+wait, or a TTFT above its target, halves the lines at once; they come back step by step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 PEAK_KEPT = 0.95
 """Of a peak, after each look: half of it is forgotten after some fourteen."""
-RESERVE_MAX = 0.1
-"""Of what interactive requests leave over; but always one slot, while there are any."""
+RESERVE = 0.1
+"""Of what interactive requests leave over; but at least one slot, while there are any."""
 WAITING_LINES = 1
 """Lines that may wait for a slot, so that one that comes free is used at once."""
 
@@ -48,8 +47,7 @@ class Slack:
         peak = max(float(seen.interactive), self.peak * PEAK_KEPT)
         if seen.waiting or (seen.ttft_s is not None and seen.ttft_s > ttft_target_s):
             return Slack(min(self.limit, in_flight) // 2, peak)
-        wanted = ceil(peak) - seen.interactive if peak >= 0.5 else 0
-        reserve = min(wanted, max(1, int((seen.slots - seen.interactive) * RESERVE_MAX)))
+        reserve = max(1, int((seen.slots - seen.interactive) * RESERVE)) if peak >= 0.5 else 0
         spare = seen.free - reserve
         if seen.lines_waiting > WAITING_LINES or spare < 0:
             fewer = max(seen.lines_waiting - WAITING_LINES, -spare)

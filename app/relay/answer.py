@@ -231,11 +231,14 @@ class StreamedAnswer(Answer):
         return self._dialect.error_event(error)
 
     async def _await_end(self) -> None:
-        """After the last event the body still has to end, or the connection could not be used again."""
+        """After the last event the body still has to end, or the connection could not be used again.
+
+        The client lacks nothing then, so whoever cancels the request gets its good end at once instead.
+        """
         if not self.is_whole or self._connection.is_complete:
             return
         try:
             async with asyncio.timeout(AFTER_LAST_EVENT_S):
                 await self._connection.read()
-        except (TimeoutError, GatewayError):
+        except (TimeoutError, GatewayError, asyncio.CancelledError):
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import sub
 from types import TracebackType
 from typing import Literal, Self
 
@@ -30,7 +31,8 @@ class Timeline:
     """When the stages of a request happened, in monotonic seconds; pure, times come in as arguments.
 
     TTFT runs from arrival to the first *generated* token (content, reasoning or a tool call), not to the chunk that
-    carries only the role. TPOT is (E2E - TTFT) / (tokens - 1).
+    carries only the role. TPOT is (E2E - TTFT) / (tokens - 1). `token_times` are those of the token chunks whose gaps
+    have not been taken yet, behind the last one before them.
     """
 
     arrived: float
@@ -38,18 +40,20 @@ class Timeline:
     dispatched: float | None = None
     first_byte: float | None = None
     first_token: float | None = None
-    last_token: float | None = None
-    token_chunks: int = 0
-    gaps: list[float] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
+    _gaps_taken: int = 0
 
-    def token(self, now: float) -> None:
-        """A token chunk came; the gap since the last one, if there was one, is added to `gaps`."""
-        self.token_chunks += 1
-        last, self.last_token = self.last_token, now
-        if last is None:
-            self.first_token = now
-        else:
-            self.gaps.append(now - last)
+    @property
+    def token_chunks(self) -> int:
+        return self._gaps_taken + len(self.token_times)
+
+    def take_gaps(self) -> list[float]:
+        """The gaps between token chunks since the last call."""
+        times = self.token_times
+        gaps = list(map(sub, times[1:], times))
+        self._gaps_taken += len(gaps)
+        del times[:-1]
+        return gaps
 
     @property
     def overhead_s(self) -> float | None:
@@ -93,6 +97,7 @@ class Account:
         "_refusals",
         "_request",
         "_series",
+        "_token_times",
         "_ttfts",
         "timeline",
         "usage",
@@ -118,6 +123,7 @@ class Account:
         self.variant = UNRESOLVED
         self._broken: GatewayError | None = None
         self.timeline = Timeline(request.arrived)
+        self._token_times = self.timeline.token_times
         self.usage: TokenUsage | None = None
         metrics.in_flight.inc()
 
@@ -146,15 +152,22 @@ class Account:
 
     def token(self, now: float) -> None:
         """A token chunk came. Gaps are observed in bulk: counting each where it falls costs as much as relaying it."""
+        times = self._token_times
+        times.append(now)
+        if not 1 < len(times) <= GAPS_AT_ONCE:  # alone there is only the first: the last one counted stays
+            self._look_at_tokens(now)
+
+    def _look_at_tokens(self, now: float) -> None:
         line = self.timeline
-        if line.first_token is None and self._request.band is not Band.BATCH:
-            self._ttfts.note(self._request.resolved_model, now - line.arrived, now)
-        line.token(now)
-        if len(line.gaps) >= GAPS_AT_ONCE:
+        if line.first_token is not None:
             self._observe_gaps()
+            return
+        line.first_token = now
+        if self._request.band is not Band.BATCH:
+            self._ttfts.note(self._request.resolved_model, now - line.arrived, now)
 
     def _observe_gaps(self) -> None:
-        gaps, self.timeline.gaps = self.timeline.gaps, []
+        gaps = self.timeline.take_gaps()
         if self._series is not None:
             self._series.itl.observe_all(gaps)
 

@@ -8,9 +8,8 @@ their number stays bounded. With several gateway processes each writes to memory
 
 from __future__ import annotations
 
-import collections
 import os
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +104,13 @@ class QuickHistogram(Histogram):
         return [bucket.get() for bucket in self._buckets]
 
     def observe_all(self, amounts: Sequence[float]) -> None:
-        """Each of `amounts`."""
-        for bucket, count in collections.Counter(bisect_left(self._upper_bounds, amount) for amount in amounts).items():
-            self._buckets[bucket].inc(count)
+        """Each of `amounts`. In order those of a bucket stand together, and there are few buckets."""
+        ordered, begin = sorted(amounts), 0
+        while begin < len(ordered):
+            bucket = bisect_left(self._upper_bounds, ordered[begin])
+            end = bisect_right(ordered, self._upper_bounds[bucket], begin)
+            self._buckets[bucket].inc(end - begin)
+            begin = end
         self._sum.inc(sum(amounts))
 
 
@@ -195,8 +198,9 @@ class Metrics:
         self.tenant_tokens = counter(
             "sluice_tenant_tokens_total", "Tokens of a tenant, as workers counted them.", "tenant", "direction"
         )
-        self._shown_tenants = frozenset(tenants[:MOST_TENANTS])
+        self._shown_tenants: frozenset[str] = frozenset()
         self._tenant_ends: dict[tuple[str, Outcome], tuple[Counter, Counter, Counter]] = {}
+        self.show_tenants(tenants)
         self.batch_lines = gauge("sluice_batch_lines", "Lines of unfinished batches.", "state", across="livemax")
         self.batch_lines_in_flight = gauge(
             "sluice_batch_lines_in_flight", "Lines that wait for a slot or are answered."
@@ -230,6 +234,12 @@ class Metrics:
         count, duration = found
         count.inc()
         duration.observe(duration_s)
+
+    def show_tenants(self, tenants: Sequence[str]) -> None:
+        """Give these series of their own, after those that have some already, as long as they are not too many."""
+        known = self._shown_tenants
+        added = [name for name in tenants if name not in known]
+        self._shown_tenants = known | set(added[: MOST_TENANTS - len(known)])
 
     def tenant_ended(self, tenant: str, outcome: Outcome, usage: TokenUsage) -> None:
         """Count a request's end, and what it used, for whoever pays."""

@@ -111,7 +111,8 @@ class OpenDoor:
     def __init__(self, tenants: Tenants, *, trusts_header: bool) -> None:
         self._tenants = tenants
         self._trusts_header = trusts_header
-        self._anybody = Caller(tenants.anonymous, is_admin=True)
+        self._look_up_tenants()
+        tenants.listen(self._look_up_tenants)
 
     def identify(self, headers: Headers, address: str) -> Caller:
         if self._trusts_header:
@@ -119,6 +120,9 @@ class OpenDoor:
                 if name == TENANT_HEADER:
                     return Caller(self._tenants.get(_tenant_name(value)), is_admin=True)
         return self._anybody
+
+    def _look_up_tenants(self) -> None:
+        self._anybody = Caller(self._tenants.anonymous, is_admin=True)
 
 
 def _tenant_name(value: bytes) -> str:

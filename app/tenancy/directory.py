@@ -7,12 +7,13 @@ second. A store that does not answer leaves its keys as they were last seen, for
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from app.telemetry.logs import Log
-from app.tenancy.keys import Key, Scope, whole_second
+from app.tenancy.keys import Key, Scope, revoked, whole_second
 from app.tenancy.stores import KeyStore, KeysUnreadable
 from app.tenancy.tenants import Tenants
 from app.tenant import Tenant
@@ -53,13 +54,17 @@ class Directory:
         log: Log,
         clock: Callable[[], float],
         wall: Callable[[], float],
+        on_revoked: Callable[[Set[str]], object] = lambda key_ids: None,
     ) -> None:
+        """`on_revoked` is told the ids of keys that somebody has ended, from then on."""
         self._shelves = [_Shelf(store) for store in stores]
         self._tenants = tenants
         self._stale_s = stale_s
         self._log = log
         self._clock = clock
         self._wall = wall
+        self._on_revoked = on_revoked
+        self._revoked: set[str] = set()
         self._callers: dict[bytes, Caller] = {}
         self._used: set[str] = set()
 
@@ -101,9 +106,14 @@ class Directory:
         """Read what has changed. A store in trouble keeps no other from being read."""
         changed = [await self._read(shelf) for shelf in self._shelves]
         if any(changed):
-            self._callers = {
-                bytes.fromhex(key.digest): self._caller(key) for shelf in self._shelves for key in shelf.keys
-            }
+            self.look_up_tenants()
+        if self._revoked:
+            ended, self._revoked = self._revoked, set()
+            self._on_revoked(ended)
+
+    def look_up_tenants(self) -> None:
+        """From now on keys stand for tenants as they are now."""
+        self._callers = {bytes.fromhex(key.digest): self._caller(key) for shelf in self._shelves for key in shelf.keys}
 
     async def _follow(self) -> None:
         while True:
@@ -122,6 +132,7 @@ class Directory:
         shelf.read_at = self._clock()
         if keys is None:
             return False
+        self._revoked |= revoked(shelf.keys, keys, datetime.fromtimestamp(self._wall(), UTC))
         shelf.keys = keys
         return True
 

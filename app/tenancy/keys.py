@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from datetime import UTC, datetime
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated
 
@@ -17,6 +18,9 @@ SECRET_BYTES = 32
 HINT_CHARS = 4
 KEY_MAX_BYTES = 256
 SHA256_BLOCK_BYTES = 64
+
+CLOCKS_APART = timedelta(seconds=2)
+"""By how much the clocks of two gateways may differ."""
 
 KeyId = Annotated[str, Meta(pattern=r"^key_[0-9a-f]{16}$")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
@@ -100,6 +104,17 @@ def successor(pepper: Pepper, old: Key, now: datetime) -> Issued:
     """A new key for whom `old` is: the same tenant and scope, and as long a life."""
     expires = None if old.expires is None else now + (old.expires - old.created)
     return issue(pepper, old.tenant, now, scope=old.scope, expires=expires)
+
+
+def revoked(before: Iterable[Key], after: Iterable[Key], now: datetime) -> set[str]:
+    """Ids of the keys that somebody has ended between two readings of a store; not of those whose time was up."""
+    left = {key.id: key for key in after}
+    return {key.id for key in before if key.is_valid(now) and not _works(left.get(key.id), key, now)}
+
+
+def _works(left: Key | None, before: Key, now: datetime) -> bool:
+    """An end that was put off or is as it was says nothing; one put close to now, by another clock, is now."""
+    return left is not None and (left.expires == before.expires or left.is_valid(now + CLOCKS_APART))
 
 
 def whole_second(now_s: float) -> datetime:

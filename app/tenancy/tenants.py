@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 from app import settings
 from app.inference import cache_salt
@@ -18,12 +19,19 @@ class Tenants:
     Of these at most STRANGERS are kept, the latest ones: their names come from outside.
     """
 
-    def __init__(self, named: tuple[settings.Tenant, ...], default: settings.TenantTerms, secret: bytes = b"") -> None:
-        self._default = default
+    def __init__(self, named: Sequence[settings.Tenant], default: settings.TenantTerms, secret: bytes = b"") -> None:
         self._secret = hmac.digest(secret, b"sluice cache salts", "sha256")
-        self._named = {tenant.name: tenant_of(tenant.name, tenant, self._secret) for tenant in named}
-        self._strangers: OrderedDict[str, Tenant] = OrderedDict()
-        self.anonymous = self.get(ANONYMOUS.name)
+        self._listeners: list[Callable[[], None]] = []
+        self.change(named, default)
+
+    @property
+    def named(self) -> Sequence[str]:
+        """The names that the settings have, in their order."""
+        return list(self._named)
+
+    @property
+    def anonymous(self) -> Tenant:
+        return self.get(ANONYMOUS.name)
 
     def get(self, name: str) -> Tenant:
         found = self._named.get(name) or self._strangers.get(name)
@@ -32,6 +40,22 @@ class Tenants:
             if len(self._strangers) > STRANGERS:
                 self._strangers.popitem(last=False)
         return found
+
+    def change(self, named: Sequence[settings.Tenant], default: settings.TenantTerms) -> None:
+        """These terms hold from now on, for all tenants at once; a request keeps those it came under.
+
+        What tenants have used of their limits stays used. Cache salts stay the same. Nothing waits in here, so nobody
+        sees one tenant's new terms beside another's old ones.
+        """
+        self._named = {tenant.name: tenant_of(tenant.name, tenant, self._secret) for tenant in named}
+        self._default = default
+        self._strangers: OrderedDict[str, Tenant] = OrderedDict()
+        for changed in self._listeners:
+            changed()
+
+    def listen(self, changed: Callable[[], None]) -> None:
+        """Call this after each change."""
+        self._listeners.append(changed)
 
 
 def tenant_of(name: str, terms: settings.TenantTerms, secret: bytes) -> Tenant:

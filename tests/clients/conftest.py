@@ -35,8 +35,9 @@ async def served(
         directory = tmp_path_factory.mktemp("clients")
         keys = await issue_keys(directory / "keys.yaml", "acme", admin="operators")
         auth = {"enabled": True, "key_files": [str(directory / "keys.yaml")]}
+        batches = {"directory": str(directory / "kept"), "tick_s": 0.05, "commit_interval_s": 0.02}
         async with GatewayProcess(
-            directory, models, key=keys["acme"], admin_key=keys["operators"], auth=auth
+            directory, models, key=keys["acme"], admin_key=keys["operators"], auth=auth, batches=batches
         ) as gateway:
             await gateway.ready(fake, embedder, narrow)
             yield Served(gateway, "smollm2", "smollm2:v", fake.url, keys["acme"])

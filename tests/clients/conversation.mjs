@@ -1,5 +1,5 @@
 // Conversations by the official client; prints what each brought as a line of JSON. Arguments: base URL, model, modes.
-import OpenAI from "openai";
+import OpenAI, { toFile } from "openai";
 
 const [baseURL, model, ...asked] = process.argv.slice(2);
 const client = new OpenAI({ baseURL, maxRetries: 0, timeout: 60_000 });
@@ -49,6 +49,29 @@ async function queued() {
   return { content, comments: (await copy).split(": sluice-queue ").length - 1 };
 }
 
+const parsed = async (id) => (await (await client.files.content(id)).text()).trim().split("\n").map(JSON.parse);
+
+async function batch() {
+  const url = "/v1/chat/completions";
+  const { model, messages } = request;
+  const line = (body, number) => JSON.stringify({ custom_id: `c${number}`, method: "POST", url, body });
+  const bodies = [{ model, messages }, { model, messages, temperature: -1 }, { model, messages, max_tokens: 2 }];
+  const input = await toFile(Buffer.from(bodies.map(line).join("\n")), "input.jsonl");
+  const file = await client.files.create({ file: input, purpose: "batch" });
+  const asked = { input_file_id: file.id, endpoint: url, completion_window: "24h", metadata: { run: "7" } };
+  let made = await client.batches.create(asked);
+  while (!["completed", "failed", "expired", "cancelled"].includes(made.status)) {
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    made = await client.batches.retrieve(made.id);
+  }
+  const output = await parsed(made.output_file_id);
+  const errors = await parsed(made.error_file_id);
+  const listed = [];
+  for await (const one of client.batches.list({ limit: 1 })) listed.push(one.id);
+  const { deleted } = await client.files.delete(file.id);
+  return { made, output, errors, listed, deleted };
+}
+
 const modes = {
   chat: async () => {
     const { data, request_id } = await client.chat.completions.create(request).withResponse();
@@ -60,6 +83,8 @@ const modes = {
   models: async () => ({ ids: (await client.models.list()).data.map((entry) => entry.id) }),
   broken: () => streamed({ x_fault: "die_after:3" }),
   missing: () => client.chat.completions.create({ ...request, model: "nobody" }),
+  batch,
+  wrong: () => client.batches.create({ input_file_id: "file-none", endpoint: "/v1/chat/completions", completion_window: "24h" }),
   cancelled,
   queued,
 };

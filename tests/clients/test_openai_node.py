@@ -1,4 +1,4 @@
-"""The official `openai` npm package against the gateway: chat and streams, by the script `conversation.mjs`."""
+"""The official `openai` npm package against the gateway: chat, streams, batches, by the script `conversation.mjs`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 HERE = Path(__file__).parent
 PINNED = ("package.json", "package-lock.json")
 SCRIPT = "conversation.mjs"
-MODES = ("chat", "stream", "usage", "models", "missing", "broken", "cancelled")
+MODES = ("chat", "stream", "usage", "models", "missing", "broken", "batch", "wrong", "cancelled")
 INSTALL_TIMEOUT_S = 110
 TALK_TIMEOUT_S = 60
 
@@ -114,3 +114,25 @@ async def test_a_broken_stream_throws(told: Told) -> None:
 
 async def test_a_stream_that_is_left_is_aborted(told: Told) -> None:
     assert told["cancelled"] == {"aborted": True}
+
+
+async def test_a_batch_from_upload_to_results(told: Told) -> None:
+    batch = told["batch"]
+    made = batch["made"]
+    assert (made["object"], made["status"], made["metadata"]) == ("batch", "completed", {"run": "7"})
+    assert made["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+    assert {record["custom_id"]: record["response"]["status_code"] for record in batch["output"]} == {
+        "c0": 200,
+        "c2": 200,
+    }
+    answer = batch["output"][0]["response"]["body"]["choices"][0]["message"]["content"]
+    assert answer == "What is the capital of France?"
+    (error,) = batch["errors"]
+    assert (error["custom_id"], error["response"]["status_code"]) == ("c1", 400)
+    assert made["id"] in batch["listed"]
+    assert batch["deleted"] is True
+
+
+async def test_a_batch_of_no_file(told: Told) -> None:
+    error = told["wrong"]["error"]
+    assert (error["name"], error["status"]) == ("NotFoundError", 404)

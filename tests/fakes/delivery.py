@@ -78,6 +78,8 @@ class EventStream:
             await self._write(self._frame(self._last, None))
         if self._held is not None:
             await self._send_held(b"".join(self._held))
+        if "hang_at_end" in self._faults:
+            await self._hang()
         await self._exchange.end()
 
     async def _strike(self, *, at_end: bool) -> None:

@@ -33,6 +33,7 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "die_after": "close the connection after n events or bytes, without ending the answer",
         "reset_after": "the same with a TCP reset",
         "hang_after": "send n events or bytes, then nothing; `heal` lets it go on",
+        "hang_at_end": "all of a stream but the end of its body; `heal` lets it go on",
         "short_cl": "content-length says less than is sent",
         "long_cl": "content-length says more than is sent",
         "bad_chunk": "a chunk whose size is not hexadecimal after n events (default 2)",

@@ -201,6 +201,18 @@ async def test_hang_after_goes_on_when_healed(fake_worker: FakeWorker, client: h
         assert rest[-1] == "data: [DONE]"
 
 
+async def test_hang_at_end_goes_on_when_healed(fake_worker: FakeWorker, client: httpx.AsyncClient) -> None:
+    async with client.stream("POST", CHAT, json=ask(stream=True, x_fault="hang_at_end")) as answer:
+        parts = answer.aiter_raw()
+        while not (await anext(parts)).endswith(b"data: [DONE]\n\n"):
+            pass
+        ending = asyncio.ensure_future(anext(parts, b""))
+        await asyncio.sleep(0)
+        assert fake_worker.counts.open == 1
+        fake_worker.heal()
+        assert await ending == b""
+
+
 async def _limit(lines: AsyncIterator[str], count: int) -> AsyncIterator[tuple[str, int]]:
     """The first `count` lines that are not empty."""
     seen = 0

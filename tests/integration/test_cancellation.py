@@ -94,7 +94,8 @@ async def test_nothing_leaks_wherever_a_request_is_cancelled(stream: bool, busy:
             await asyncio.wait([task])
             assert home.is_clean
             assert home.ended() == ended + 1 + busy
-            assert home.cancelled() == cancelled + cancelled_at.reached
+            if home.cancelled() != cancelled + cancelled_at.reached:
+                assert life.is_read, "only an answer that was read to its end may end well all the same"
             async with asyncio.timeout(5):
                 await worker.wait_for(open=0)
             if worker.counts.seen > seen and not life.is_read:

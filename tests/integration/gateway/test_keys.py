@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from app.inference import cache_salt
+from tests.fakes.engine import Timing
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, MESSAGES, chat
 from tests.integration.gateway.running import GatewayProcess, issue_keys, model, until
@@ -365,6 +367,106 @@ async def test_an_expired_key_is_none(tmp_path: Path) -> None:
     async with FakeWorker("m") as worker:
         async with GatewayProcess(tmp_path, [model("m", worker)], key=keys["short"], auth=auth) as gateway:
             await becomes(gateway, keys["short"], 401)
+
+
+@dataclass
+class Streamed:
+    """What a client has heard of a stream."""
+
+    status: int = 0
+    text: str = ""
+
+    async def read(self, gateway: GatewayProcess, key: str, **fields: Any) -> None:
+        """Until it ends, however it does."""
+        body = chat(stream=True, ignore_eos=True, **fields)
+        async with gateway.http.stream("POST", CHAT, json=body, headers=bearer(key)) as answer:
+            self.status = answer.status_code
+            with suppress(httpx.RemoteProtocolError):
+                async for text in answer.aiter_text():
+                    self.text += text
+
+    @property
+    def last_event(self) -> str:
+        return self.text.strip().rpartition("data: ")[2]
+
+
+async def test_a_revoked_key_ends_what_it_began_on_all_replicas(tmp_path: Path, valkey: Valkey) -> None:
+    """Streams end in an error event, who waits is told 401; another tenant's request goes on."""
+    file = tmp_path / "keys.yaml"
+    keys = await issue_keys(file, "other", admin="operators", secret=SECRET)
+    shared: dict[str, Any] = {
+        "auth": {"enabled": True, "key_files": [str(file)], "secret": SECRET},
+        "redis": {"url": valkey.url},
+        "admission": {"replicas": 2},
+        "admin_key": keys["operators"],
+    }
+    (tmp_path / "two").mkdir()
+    async with FakeWorker("m") as worker:
+        worker.timing = Timing(decode_s=0.05)
+        models = [model("m", worker, max_concurrency=2)]
+        async with (
+            GatewayProcess(tmp_path, models, admin=True, **shared) as one,
+            GatewayProcess(tmp_path / "two", models, admin=True, **shared) as two,
+        ):
+            await one.ready(worker)
+            await two.ready(worker)
+            made = (await one.operators.post("/admin/keys", json={"tenant": "acme"})).json()
+            await becomes(two, made["key"], 200)
+            streams = [Streamed(), Streamed()]
+            began = [
+                asyncio.create_task(streamed.read(gateway, made["key"], max_tokens=2000))
+                for streamed, gateway in zip(streams, (one, two), strict=True)
+            ]
+            await worker.wait_for(open=2)
+            waiting = [
+                asyncio.create_task(gateway.http.post(CHAT, json=chat(max_tokens=2), headers=bearer(key)))
+                for gateway in (one, two)
+                for key in (made["key"], keys["other"])
+            ]
+            for gateway in (one, two):
+                await gateway.metric("sluice_queue_depth", 2, band="default")
+            await until_text(streams)
+
+            assert (await one.operators.delete(f"/admin/keys/{made['id']}")).status_code == 200
+            async with asyncio.timeout(8):  # it takes half a second; without it the streams go on for 100
+                await asyncio.gather(*began)
+                answers = await asyncio.gather(*waiting)
+            for streamed in streams:
+                assert streamed.status == 200
+                assert json.loads(streamed.last_event)["error"]["code"] == "key_revoked"
+                assert "[DONE]" not in streamed.text
+            assert [answer.status_code for answer in answers] == [401, 200, 401, 200]
+            for refused in answers[::2]:
+                assert refused.json()["error"]["code"] == "key_revoked"
+            for gateway in (one, two):
+                await gateway.idle()
+                await gateway.metric("sluice_requests_total", 2, outcome="cancelled", code="key_revoked")
+
+
+async def until_text(streams: list[Streamed]) -> None:
+    async def have_begun() -> bool:
+        return all(streamed.text.count("data: ") > 3 for streamed in streams)
+
+    await until(have_begun, "both streams have begun")
+
+
+async def test_a_key_whose_time_is_up_ends_nothing_that_it_began(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    auth = {"enabled": True, "key_files": [str(file)]}
+    keys = await issue_keys(file, "long")
+    async with FakeWorker("m") as worker:
+        worker.timing = Timing(decode_s=0.05)
+        async with GatewayProcess(tmp_path, [model("m", worker)], key=keys["long"], auth=auth) as gateway:
+            await gateway.ready(worker)
+            short = (await issue_keys(file, "short", lifetime_s=3))["short"]
+            await becomes(gateway, short, 200)
+            streamed = Streamed()
+            reading = asyncio.create_task(streamed.read(gateway, short, max_tokens=120))
+            await until_text([streamed])
+            await becomes(gateway, short, 401, timeout_s=10)
+            assert not reading.done()
+            await reading
+            assert streamed.last_event == "[DONE]"
 
 
 async def logged(gateway: GatewayProcess) -> str:

@@ -52,6 +52,24 @@ async def test_it_promises_no_shape_of_the_frameworks_errors(gateway: GatewayPro
             assert "422" not in operation["responses"]
 
 
+async def test_every_route_says_who_may_ask_and_how_it_refuses(gateway: GatewayProcess) -> None:
+    described = await document(gateway)
+    assert described["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    probes = set()
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            if operation["security"] == []:
+                probes.add(path)
+                continue
+            assert operation["security"] == [{"key": []}]
+            refusals = {"401", "404", "429", "503"} | ({"403"} if path.startswith(("/admin/", "/metrics")) else set())
+            assert refusals <= set(operation["responses"])
+            for status in refusals:
+                schema = operation["responses"][status]["content"][JSON]["schema"]
+                assert schema == {"$ref": "#/components/schemas/ErrorBody"}
+    assert probes == {"/healthz", "/readyz"}
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [(CHAT, chat(logprobs=True, temperature=0)), (COMPLETIONS, {"model": "m", "prompt": "one two", "max_tokens": 4})],

@@ -171,6 +171,23 @@ async def test_a_stream_that_outlasts_the_drain_limit_is_broken_honestly(tmp_pat
         await worker.wait_for(open=0)
 
 
+async def test_a_stream_that_is_cut_behind_its_last_event_ends_in_order(tmp_path: Path) -> None:
+    """The client has all of it: what is still awaited, the end of the worker's body, is the gateway's own affair."""
+    async with running(tmp_path) as (gateway, worker), connected(gateway.url) as wire:
+        worker.hold()
+        await wire.post(CHAT, chat("a b c", stream=True, x_fault="hang_at_end"))
+        await worker.wait_for(running=1)
+        gateway.process.terminate()
+        await refuses(gateway)
+        worker.resume()
+        await wire.until(b"[DONE]\n\n\r\n")
+        gateway.process.terminate()
+        assert await wire.rest() == b"0\r\n\r\n"
+        assert await ended(gateway) == 0
+        assert '"outcome":"completed"' in gateway.process.output.replace(" ", "")
+        await worker.wait_for(open=0)
+
+
 async def test_an_answer_that_has_not_begun_by_the_limit_is_refused(tmp_path: Path) -> None:
     async with running(tmp_path, drain_timeout_s=0.5) as (gateway, worker), connected(gateway.url) as wire:
         worker.hold()

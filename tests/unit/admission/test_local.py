@@ -12,9 +12,10 @@ from app import settings
 from app.admission.local import LocalAdmission
 from app.admission.roster import QueuedLease
 from app.admission.ticket import Ticket
-from app.errors import NoHealthyWorker, Overloaded, QueueTimeout
+from app.errors import NoHealthyWorker, Overloaded, QueueTimeout, TenantQueueFull
 from app.inference import Band
 from app.telemetry.metrics import Metrics
+from app.tenant import Tenant
 
 
 def admission(*, slots: int = 1, workers: str = "a", **bounds: float) -> LocalAdmission:
@@ -24,8 +25,14 @@ def admission(*, slots: int = 1, workers: str = "a", **bounds: float) -> LocalAd
     return built
 
 
-def ticket(name: str = "t", band: Band = Band.DEFAULT, candidates: str = "a", deadline: float = float("inf")) -> Ticket:
-    return Ticket(name, band, tuple(candidates), deadline=deadline)
+def ticket(
+    name: str = "t",
+    band: Band = Band.DEFAULT,
+    candidates: str = "a",
+    deadline: float = float("inf"),
+    tenant: str = "t",
+) -> Ticket:
+    return Ticket(name, band, tuple(candidates), tenant=Tenant(tenant), deadline=deadline)
 
 
 async def queued(line: LocalAdmission, *tickets: Ticket) -> list[asyncio.Task[QueuedLease]]:
@@ -100,6 +107,32 @@ async def test_the_queue_is_bounded() -> None:
     with pytest.raises(Overloaded):
         await line.admit(ticket())
     waiting.cancel()
+
+
+async def test_by_default_neither_a_tenant_nor_a_band_fills_the_queue() -> None:
+    """Each band floods from ever new tenants, the lowest first: the highest still finds all of its room."""
+    defaults = settings.Admission()
+    assert 4 * defaults.queue_limit_per_tenant <= defaults.queue_limit_per_band
+    assert 4 * defaults.queue_mib_per_tenant <= defaults.queue_mib_per_band
+    assert len(Band) * defaults.queue_mib_per_band <= defaults.queue_mib
+    scale = defaults.queue_limit_per_tenant  # the same, a thousandth as large
+    line = admission(
+        queue_limit=defaults.queue_limit // scale,
+        queue_limit_per_band=defaults.queue_limit_per_band // scale,
+        queue_limit_per_tenant=1,
+    )
+    await line.admit(ticket())
+    waiting: list[asyncio.Task[QueuedLease]] = []
+    for band in reversed(Band):
+        room = 4
+        waiting += await queued(line, *[ticket(band=band, tenant=f"{band}-{n}") for n in range(room)])
+        with pytest.raises(TenantQueueFull):
+            await line.admit(ticket(band=band, tenant=f"{band}-0"))
+        with pytest.raises(Overloaded):
+            await line.admit(ticket(band=band, tenant="one more"))
+        assert line.waiting(band) == room
+    for task in waiting:
+        task.cancel()
 
 
 async def test_a_wait_ends() -> None:

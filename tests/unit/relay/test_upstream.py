@@ -143,6 +143,18 @@ async def test_silence_before_the_first_byte() -> None:
             await read_all(upstream)
 
 
+async def test_the_timer_that_an_exchange_leaves_is_moved_for_the_next_one() -> None:
+    script = Script(OK + b"content-length: 2\r\n\r\n{}", b"")
+    async with script.running(first_byte_timeout_s=0.3) as upstream, asyncio.timeout(10):
+        assert await read_all(upstream) == b"{}"
+        await asyncio.sleep(0.1)  # the timer is under way while nothing is
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(UpstreamTimeout):
+            await read_all(upstream)
+        assert asyncio.get_running_loop().time() - began >= 0.29
+    assert script.connections == 1
+
+
 async def test_headers_that_dribble_are_no_first_byte() -> None:
     ended = asyncio.Event()
 

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from app.errors import InvalidValue, NoHealthyWorker, QueueTimeout, UpstreamTimeout, WorkerLost
 from app.inference import Band, InferenceRequest, Outcome, Route, TokenUsage
-from app.telemetry.account import Accounts, RequestsLog, Timeline, code_of, outcome_of
+from app.telemetry.account import GAPS_AT_ONCE, Accounts, RequestsLog, Timeline, code_of, outcome_of
 from app.telemetry.metrics import ITL_BUCKETS, Metrics, QuickHistogram
 
 LABELS = {"model": "m", "variant": "v", "band": "default"}
@@ -99,6 +99,20 @@ def test_a_stream_that_breaks_counts_what_was_sent(desk: Desk) -> None:
     assert desk.value("time_per_output_token_seconds_count", **LABELS) == 0
 
 
+@pytest.mark.parametrize("count", [1, 2, GAPS_AT_ONCE, GAPS_AT_ONCE + 1, 3 * GAPS_AT_ONCE + 7])
+def test_gaps_are_observed_in_bulk_and_none_is_lost_or_doubled(desk: Desk, count: int) -> None:
+    with desk.accounts.open(desk.request()) as account:
+        account.admitted("v", waited_s=0)
+        for number in range(count):
+            account.token(101.0 + 0.5 * number)
+        observed = desk.value("inter_token_latency_seconds_count", **LABELS) or 0
+        assert count - 1 - observed < GAPS_AT_ONCE
+    assert desk.value("inter_token_latency_seconds_count", **LABELS) == count - 1
+    assert desk.value("inter_token_latency_seconds_sum", **LABELS) == pytest.approx(0.5 * (count - 1))
+    assert desk.value("time_to_first_token_seconds_sum", **LABELS) == pytest.approx(1.0)
+    assert desk.value("generation_tokens_total", **LABELS) == count
+
+
 def test_a_request_for_nothing_we_know_has_no_label_of_its_own(desk: Desk) -> None:
     request = desk.request()
     request.resolved_model = ""
@@ -150,8 +164,7 @@ def test_series_are_bounded_by_the_configuration_not_by_clients(desk: Desk) -> N
 
 
 def test_one_token_has_no_time_per_output_token() -> None:
-    line = Timeline(0.0)
-    line.token(1.0)
+    line = Timeline(0.0, first_token=1.0)
     assert line.time_per_output_token(2.0, completion_tokens=1) is None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,13 +43,16 @@ class Clock:
 class Site:
     """Keys in a file, and who looks them up; `stores` are followed beside it."""
 
-    def __init__(self, path: Path, *stores: KeyStore, stale_s: float = 60.0) -> None:
+    def __init__(self, path: Path, *stores: KeyStore, stale_s: float = 60.0, tenants: Tenants = TENANTS) -> None:
         self.path = path
         self.clock = Clock()
         self.metrics = Metrics(CollectorRegistry())
         log = open_log(settings.Logs(level="error"))
         self.registrar = Registrar(FileKeys(path), PEPPER, self.clock)
-        self.directory = Directory([FileKeys(path), *stores], TENANTS, stale_s, log, self.clock, self.clock)
+        self.ended: list[Set[str]] = []
+        self.directory = Directory(
+            [FileKeys(path), *stores], tenants, stale_s, log, self.clock, self.clock, self.ended.append
+        )
 
     def door(self, failures_per_min: int = 1_000_000) -> KeyIdentification:
         failures = Failures(failures_per_min)
@@ -171,3 +174,48 @@ def _attempt(door: KeyIdentification, key: str) -> Callable[[], int]:
         raise AssertionError("it got in")
 
     return attempt
+
+
+async def test_a_key_stands_for_its_tenant_as_it_is_now(tmp_path: Path) -> None:
+    tenants = Tenants((), settings.TenantTerms())
+    site = Site(tmp_path / "keys.yaml", tenants=tenants)
+    issued = await site.registrar.create("acme")
+    await site.directory.refresh()
+    tenants.listen(site.directory.look_up_tenants)
+    header = [(b"x-api-key", issued.text.encode())]
+    door, open_door = site.door(), OpenDoor(tenants, trusts_header=False)
+    assert door.identify(header, "").tenant.limits.is_unlimited
+    acme = settings.Tenant(name="acme", limits=settings.TenantLimits(requests_per_min=5))
+    tenants.change((acme,), settings.TenantTerms(weight=3))
+    assert door.identify(header, "").tenant is tenants.get("acme")
+    assert door.identify(header, "").tenant.limits.requests_per_min == 5
+    assert open_door.identify([], "").tenant.weight == 3
+
+
+async def test_who_follows_keys_hears_of_those_that_were_ended(site: Site) -> None:
+    short = await site.registrar.create("acme", lifetime=timedelta(seconds=10))
+    left, rotated, removed = [await site.registrar.create("acme") for _ in range(3)]
+    await site.directory.refresh()
+    await site.registrar.rotate(rotated.key.id, timedelta(seconds=600))
+    site.clock.now += 10  # the short one's time is up
+    await site.directory.refresh()
+    assert site.ended == []
+    await site.registrar.revoke(left.key.id)
+    await site.directory.refresh()
+    assert site.ended == [{left.key.id}]
+    kept = [line for line in site.path.read_text().split("- ") if removed.key.id not in line]
+    site.path.write_text("- ".join(kept))
+    await site.directory.refresh()
+    await site.directory.refresh()
+    assert site.ended == [{left.key.id}, {removed.key.id}]
+    assert short.key.id not in site.ended[0] | site.ended[1]
+
+
+async def test_keys_that_are_too_old_to_be_believed_were_not_revoked(site: Site) -> None:
+    await site.registrar.create("acme")
+    await site.directory.refresh()
+    site.path.unlink()
+    site.clock.now += 60
+    await site.directory.refresh()
+    assert site.directory.kept() == []
+    assert site.ended == []

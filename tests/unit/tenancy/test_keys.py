@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.tenancy.authentication import presented_key
-from app.tenancy.keys import KEY_MAX_BYTES, Key, Pepper, Scope, issue, successor
+from app.tenancy.keys import KEY_MAX_BYTES, Key, Pepper, Scope, issue, revoked, successor
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PEPPER = Pepper(b"secret")
@@ -108,3 +108,31 @@ def test_a_key_is_found_where_clients_put_it(headers: list[tuple[bytes, bytes]])
 )
 def test_what_is_no_key_or_two_is_none(headers: list[tuple[bytes, bytes]]) -> None:
     assert presented_key(headers) == b""
+
+
+SECOND = timedelta(seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_told"),
+    [
+        (None, None, False),
+        (None, NOW, True),
+        (None, NOW - SECOND, True),
+        (None, NOW + SECOND, True),
+        (None, NOW + 600 * SECOND, False),
+        (None, "gone", True),
+        (NOW + SECOND, NOW + SECOND, False),
+        (NOW + 600 * SECOND, NOW, True),
+        (NOW, NOW, False),
+        (NOW, NOW - SECOND, False),
+        (NOW, "gone", False),
+    ],
+    ids=str,
+)
+def test_a_key_is_revoked_when_it_worked_and_somebody_ended_it(
+    before: datetime | None, after: datetime | str | None, is_told: bool
+) -> None:
+    key = issue(Pepper(b""), "t", NOW - 600 * SECOND, expires=before).key
+    left = [] if after == "gone" else [msgspec.structs.replace(key, expires=after)]
+    assert revoked([key], left, NOW) == ({key.id} if is_told else set())

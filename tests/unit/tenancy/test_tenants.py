@@ -74,3 +74,30 @@ def test_what_one_may_not_use_does_not_exist(name: str) -> None:
     with pytest.raises(ModelNotFound) as unknown:
         models("small").resolve(name, tenants.anonymous)
     assert hidden.value.as_object() == unknown.value.as_object()
+
+
+def test_a_change_is_one_of_all_tenants_at_once() -> None:
+    other = settings.Tenant(name="other", limits=settings.TenantLimits(concurrent=1))
+    tenants = Tenants((ACME, other), settings.TenantTerms(weight=3), b"secret")
+    before = {name: tenants.get(name) for name in ("acme", "other", "stranger", "anonymous")}
+    seen: list[tuple[list[str], float, float]] = []
+    tenants.listen(lambda: seen.append((list(tenants.named), tenants.get("acme").weight, tenants.anonymous.weight)))
+    more = settings.TenantLimits(requests_per_min=50)
+    tenants.change((ACME.model_copy(update={"weight": 7, "limits": more}),), settings.TenantTerms(weight=4))
+    assert seen == [(["acme"], 7, 4)]
+    assert tenants.get("acme").limits == Limits(requests_per_min=50)
+    assert [tenants.get(name).weight for name in ("other", "stranger")] == [4, 4]
+    assert tenants.get("other").limits.is_unlimited
+    assert {name: tenants.get(name).cache_salt for name in before} == {
+        name: tenant.cache_salt for name, tenant in before.items()
+    }
+    # A request keeps the terms that it came under.
+    assert (before["acme"].weight, before["acme"].limits.requests_per_min) == (2, 5)
+
+
+def test_a_change_that_cannot_be_made_leaves_the_old_terms() -> None:
+    tenants = Tenants((ACME,), settings.TenantTerms())
+    broken = ACME.model_copy(update={"ceiling": "highest", "weight": 7})
+    with pytest.raises(ValueError, match="highest"):
+        tenants.change((settings.Tenant(name="new"), broken), settings.TenantTerms(weight=4))
+    assert (list(tenants.named), tenants.get("acme").weight, tenants.get("new").weight) == (["acme"], 2, 1)
