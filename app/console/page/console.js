@@ -147,7 +147,7 @@ function showWorkers({ workers }) {
     {
       text: worker.id,
       sub: words(worker.variant, worker.reason, worker.doubt),
-      narrow: words(`${count(worker.running)} running`, `${count(worker.waiting)} waiting`, `KV ${share(worker.kv_usage)}`),
+      narrow: words(`${count(worker.running)} running`, worker.waiting && `${count(worker.waiting)} waiting`, `KV ${share(worker.kv_usage)}`),
     },
     { text: worker.state, kind: `state ${worker.state}`, title: worker.reason || worker.state },
     {
@@ -161,16 +161,21 @@ function showWorkers({ workers }) {
   ]);
 }
 
-function showQueue({ queue, queue_left_out: leftOut }) {
+function showQueue({ queue, queue_left_out: leftOut, workers }) {
   const flows = queue ? queue.flows : [];
   const routes = new Map((queue ? queue.routes : []).map((route) => [route.workers.join(), route]));
+  const variants = new Map(workers.map((worker) => [worker.id, worker.variant]));
   const nobody = at("queue").nextElementSibling;
   say(nobody, queue ? "Nobody waits." : "The queue cannot be seen now.");
   rows(at("queue"), flows, (flow) => [flow.band, flow.tenant, ...flow.workers].join(), (flow) => {
     const route = routes.get(flow.workers.join());
     const wait = route?.drain_per_s ? route.expected_wait_s[flow.band] : null;
     return [
-      { text: flow.tenant, sub: `for ${flow.workers.join(", ")}`, narrow: flow.band },
+      {
+        text: flow.tenant,
+        sub: `for ${[...new Set(flow.workers.map((id) => variants.get(id) ?? id))].join(", ")}`,
+        narrow: flow.band,
+      },
       { text: flow.band },
       { text: count(flow.depth) },
       { text: span(flow.oldest_s) },
