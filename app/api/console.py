@@ -13,11 +13,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from app.api.access import key_id_of
 from app.api.client import ClientGone, ClientWatch
 from app.api.dependencies import RuntimeOf
 from app.api.protocol import connection_of
 from app.console.console import Viewer
-from app.errors import Draining, GatewayError, RouteNotFound
+from app.errors import GatewayError, RouteNotFound
 from app.runtime import Runtime
 
 pages = APIRouter(include_in_schema=False)
@@ -74,11 +75,11 @@ class Live(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stall_s = self._runtime.settings.relay.client_stall_timeout_s
-        watch = ClientWatch(connection_of(scope), stall_s, self._runtime.drain)
-        with self._runtime.console.viewer() as viewer, suppress(ClientGone, Draining, TimeoutError), watch:
+        watch = ClientWatch(connection_of(scope), stall_s, self._runtime.served, key_id_of(scope))
+        with self._runtime.console.viewer() as viewer, suppress(ClientGone, GatewayError, TimeoutError), watch:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._tell(viewer, scope, send)
-            await send({"type": "http.response.body", "body": b""})
+        await send({"type": "http.response.body", "body": b""})
 
     async def _tell(self, viewer: Viewer, scope: Scope, send: Send) -> None:
         while self._may_go_on(scope):

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from app.api.access import CALLER
 from app.api.console import Live
 from app.api.protocol import CONNECTION
-from app.drain import Drain
 from app.runtime import Runtime
+from app.served import Cuttable, Served
 from app.settings import Settings
 from app.tenancy.directory import Caller
 from app.tenant import ANONYMOUS
@@ -32,6 +33,8 @@ class StuckConnection:
         self.aborted.set()
 
     async def send(self, message: object) -> None:
+        if self.aborted.is_set():
+            return
         self.paused_since = asyncio.get_running_loop().time()
         assert self.on_stall is not None
         self.on_stall()
@@ -56,12 +59,26 @@ class Places:
         self.taken -= 1
 
 
+class Watched(Served):
+    """Counts who is being served."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched = 0
+
+    def opened(self, request: Cuttable) -> None:
+        self.watched += 1
+
+    def closed(self, request: Cuttable) -> None:
+        self.watched -= 1
+
+
 @dataclass
 class Stage:
     """What a viewer needs of a runtime."""
 
     settings: Settings
-    drain: Drain = field(default_factory=lambda: Drain(lambda error: None))
+    served: Watched = field(default_factory=Watched)
     console: Places = field(default_factory=Places)
     identification: Everybody = field(default_factory=Everybody)
 
@@ -69,8 +86,9 @@ class Stage:
 async def test_a_viewer_that_does_not_read_is_disconnected_and_gone() -> None:
     stage = Stage(Settings.model_validate({"relay": {"client_stall_timeout_s": STALL_S}}))
     connection = StuckConnection()
-    scope: dict[str, Any] = {"type": "http", "headers": [], "client": None, CONNECTION: connection}
+    scope: dict[str, Any] = {"headers": [], "client": None, CONNECTION: connection}
+    scope[CALLER] = Caller(ANONYMOUS, is_admin=True)
     async with asyncio.timeout(8):
         await Live(cast("Runtime", stage))(scope, cast("Any", None), connection.send)
     assert connection.aborted.is_set()
-    assert (stage.console.taken, stage.drain.served) == (0, 0)
+    assert (stage.console.taken, stage.served.watched) == (0, 0)
