@@ -43,6 +43,8 @@ STREAM = "stream"
 REDISPATCH = "sluice.redispatch"
 BROKEN = "sluice.stream_broken"
 RESUME = "sluice.resume"
+CASCADE = "sluice.cascade"
+"""A small variant was not sure, and a large one is asked."""
 
 
 @dataclass(slots=True)
