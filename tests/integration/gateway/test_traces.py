@@ -133,7 +133,7 @@ async def test_a_stream_is_a_trace_whose_stages_add_up(house: House) -> None:
     answer = await house.ask(stream=True, max_tokens=5, stream_options={"include_usage": True})
     after_ns = time.time_ns()
     assert answer.status_code == 200, answer.text
-    usage = [event.json["usage"] for event in events(answer.content) if event.data != DONE][-1]
+    usage = [event for event in events(answer.content) if event.data != DONE][-1].json["usage"]
     trace = await house.trace_of(answer)
     server, attempt = trace.server, trace.one("attempt")
     assert names(trace.stages) == ["receive", "route", "queue", "attempt"]
