@@ -1,7 +1,7 @@
 """What a public name resolves to: models, their variants, and each variant's manifest.
 
-`smollm2` means any variant of the model, `smollm2:w8a8` pins one. The catalogue is immutable; a reload builds a new
-one.
+`smollm2` means any variant of the model, `smollm2:w8a8` pins one. What is in a catalogue is immutable; a reload builds
+another, and the one that everybody holds adopts its content in a single step.
 """
 
 from __future__ import annotations
@@ -122,6 +122,10 @@ class Catalogue:
         """
         contexts = TlsContexts()
         return cls(tuple(_model(model, contexts) for model in configured))
+
+    def adopt(self, other: Catalogue) -> None:
+        """Have the content of `other`. Requests under way keep the variants that they were given."""
+        vars(self).update(vars(other))
 
     @property
     def variants(self) -> tuple[Variant, ...]:
