@@ -61,7 +61,7 @@ class QueuedLease:
         self.cost = cost
         self.id = ""
         self.worker_id = ""
-        self.waited_s = 0.0
+        self.waited_s = ticket.waited_s
         self.is_again = False
         self.is_moved = False
         self.is_unserved = False
@@ -196,7 +196,8 @@ class Roster:
     def refuse_as(self, lease: QueuedLease, kind: Kind, wait_us: int, readings: Sequence[Reading] = ()) -> None:
         """Refused by the order's own bounds, or by a limit of its tenant."""
         limit, error = _refusal(lease, kind, wait_us, readings)
-        self.count_rejection(limit)
+        if not lease.ticket.is_trial:
+            self.count_rejection(limit)
         if lease.reservation is not None:
             self.reserved.pop(lease.reservation.demand.reservation, None)
         self.refuse(lease.id, error)
@@ -316,6 +317,11 @@ class QueuedAdmission:
     async def overview(self, metered: Sequence[Metered] = ()) -> Overview:
         """All that waits, wherever it arrived, and what these tenants have used. Raises DependencyUnavailable."""
         raise NotImplementedError
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether it does without the ledger that it should have."""
+        return False
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

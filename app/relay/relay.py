@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from app.catalogue import Cascade
 from app.errors import GatewayError, NoHealthyWorker
 from app.inference import InferenceRequest
 from app.relay.answer import Answer, BegunStream, StreamedAnswer, WholeAnswer
 from app.relay.attempt import Attempt, usage_of
 from app.relay.blame import Blame
+from app.relay.doubt import HeldStream, armed, disarmed, doubt_of, tokens_of
 from app.relay.refusal import AttemptFailed, Fault
 from app.relay.resumption import open_resumable
 from app.relay.retry_budget import RetryBudget
@@ -83,6 +85,25 @@ class Relay:
             return await self.attempt(request, slot, candidates, account)
         carriers = _Carriers(self, self._registry, slot, candidates, account, request)
         return await open_resumable(request, carriers, self._limits, account, self._metrics, self._clock)
+
+    async def open_doubted(
+        self, request: InferenceRequest, slot: Slot, candidates: tuple[str, ...], account: Account, cascade: Cascade
+    ) -> tuple[Answer, float]:
+        """The answer of a cascade's small variant, and how unsure of it that is. Raises GatewayError.
+
+        A stream's beginning has been waited for, and comes with the rest.
+        """
+        asking = armed(request, cascade.calibrated.top_logprobs)
+        answer = await self.attempt(asking, slot, candidates, account, blamed=request)
+        if not isinstance(answer, StreamedAnswer):
+            body = await answer.next()
+            return WholeAnswer(disarmed(body, request)), doubt_of(tokens_of(body), cascade)
+        held = HeldStream(answer.stream, request, account, self._clock)
+        try:
+            return held, doubt_of(await held.hear(cascade.hold_tokens), cascade)
+        except BaseException:
+            held.close()
+            raise
 
     def _resumes(self, request: InferenceRequest, slot: Slot) -> bool:
         wanted = request.tenant.resume

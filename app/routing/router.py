@@ -64,6 +64,14 @@ class Router:
             return Ranking(tuple([_alone(worker) for worker in pool]))
         return self._order(pool, request)
 
+    def rank_pools(self, pools: Sequence[Sequence[Worker]], request: InferenceRequest) -> Ranking:
+        """The workers of several pools, those of the first before those of the next."""
+        ranked = [self.rank(pool, request) for pool in pools]
+        if len(ranked) == 1:
+            return ranked[0]
+        candidates = [candidate for ranking in ranked for candidate in ranking.candidates]
+        return Ranking(tuple(candidates), max([ranking.blocks for ranking in ranked], key=len))
+
     def sent(self, worker: Worker, blocks: Blocks) -> None:
         """A prompt went to `worker`, or its answer has ended there: its cache has these blocks, used just now.
 
