@@ -1,7 +1,8 @@
 """What a public name resolves to: models, their variants, and each variant's manifest.
 
 `smollm2` means any variant of the model that passes its quality gate, `smollm2:w8a8` pins one; an alias is another name
-of either. The catalogue is immutable; a reload builds a new one.
+of either. What is in a catalogue is immutable; a reload builds another, and the one that everybody holds adopts its
+content in a single step.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Variant:
     workers: tuple[WorkerAddress, ...]
     quantization: str | None = None
     context_length: int | None = None
+    card: Card | None = None
     resumes: bool = False
     facts: VariantFacts = VariantFacts()
 
@@ -173,6 +175,10 @@ class Catalogue:
         """
         contexts = TlsContexts()
         return cls(tuple(_model(model, contexts) for model in configured))
+
+    def adopt(self, other: Catalogue) -> None:
+        """Have the content of `other`. Requests under way keep the variants that they were given."""
+        vars(self).update(vars(other))
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -306,6 +312,7 @@ def _variant(
         workers=tuple(_worker(f"{model.name}:{configured.name}", worker, contexts) for worker in configured.workers),
         quantization=configured.quantization or (manifest.quantization if manifest else None),
         context_length=manifest.context_length if manifest else None,
+        card=manifest.card if manifest else None,
         resumes=model.resume,
         facts=facts,
     )

@@ -31,6 +31,7 @@ from app.errors import ConfigurationError
 
 CONFIG_FILE_MAX_BYTES = 4 * 1024 * 1024
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
+DNS_NAME = re.compile(r"^[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9.])?:[0-9]{1,5}$")
 TENANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 VARIANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
 
@@ -168,9 +169,12 @@ class Tenant(TenantTerms):
 
 
 class Worker(Part):
-    """One vLLM server that runs already."""
+    """A vLLM server that runs already, by its `url`; or all those that one `dns` name stands for."""
 
-    url: str
+    url: str = ""
+    dns: str | None = Field(
+        None, description="NAME:PORT; each address of the name is a worker, asked for again and again"
+    )
     served_model: str | None = Field(None, description="the name vLLM knows the model by; default: `model:variant`")
     max_concurrency: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field(
         64, description="slots: requests this worker holds at once; `auto`: as many as its throughput gains from"
@@ -185,11 +189,20 @@ class Worker(Part):
     @field_validator("url")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
+        if not url:
+            return url
         parts = urlsplit(url)
         is_http = parts.scheme in ("http", "https")
         if not is_http or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
             raise ValueError("a worker's url is http://HOST:PORT or https://HOST:PORT")
         return url.rstrip("/")
+
+    @field_validator("dns")
+    @classmethod
+    def _is_a_name(cls, dns: str | None) -> str | None:
+        if dns is not None and not DNS_NAME.match(dns):
+            raise ValueError("a worker's dns is NAME:PORT")
+        return dns
 
     @property
     def most_slots(self) -> int:
@@ -197,7 +210,9 @@ class Worker(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.tls is not None and not self.url.startswith("https://"):
+        if bool(self.url) == bool(self.dns):
+            raise ValueError("a worker has a url, or a dns name")
+        if self.tls is not None and self.url and not self.url.startswith("https://"):
             raise ValueError("tls needs a url with https")
         if self.api_key_file is not None and self.api_key_env is not None:
             raise ValueError("api_key_file and api_key_env exclude each other")
@@ -213,7 +228,8 @@ class Variant(Part):
     """One form of a model; its workers are interchangeable."""
 
     name: str
-    workers: tuple[Worker, ...] = Field(min_length=1)
+    workers: tuple[Worker, ...] = ()
+    workers_file: Path | None = Field(None, description="more of them: a YAML or JSON list, read again when it changes")
     quantization: str | None = None
     manifest: Path | None = None
     quality: float | None = Field(None, ge=0, le=1, description="of the best variant's; left out: as its card says")
@@ -228,6 +244,12 @@ class Variant(Part):
         if not VARIANT_NAME.match(name):
             raise ValueError("a variant's name has letters, digits and . _ + - only")
         return name
+
+    @model_validator(mode="after")
+    def _has_workers(self) -> Self:
+        if not self.workers and self.workers_file is None:
+            raise ValueError("a variant needs workers, or a workers_file")
+        return self
 
 
 class QualityGate(Part):
@@ -546,6 +568,17 @@ class Batches(Part):
     commit_interval_s: float = Field(0.25, ge=0, le=60, description="longest time that a finished line is not stored")
 
 
+class Reload(Part):
+    """How changes are found while the gateway runs: of models, workers and tenants. SIGHUP looks at once."""
+
+    watch_interval_s: float = Field(
+        1, ge=0, le=3600, description="between two looks at the files; 0: at a signal only. Two looks must agree"
+    )
+    dns_interval_s: float = Field(5, gt=0, le=3600, description="between two questions about each worker's dns name")
+    dns_timeout_s: float = Field(3, gt=0, le=60)
+    workers_per_name: int = Field(256, ge=1, le=4096, description="addresses of one dns name, or of one workers_file")
+
+
 class Logs(Part):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
@@ -577,6 +610,7 @@ class Settings(BaseSettings):
     parameters: Parameters = Parameters()
     health: Health = Health()
     batches: Batches = Batches()
+    reload: Reload = Reload()
     logs: Logs = Logs()
     drain_notice_s: float = Field(
         5, ge=0, le=600, description="after SIGTERM: unready, but still accepting, until load balancers have noticed"
@@ -602,7 +636,8 @@ class Settings(BaseSettings):
         if len(set(names)) != len(names):
             raise ValueError("a model is listed twice")
         self._check_names(set(names))
-        places = [worker.authority for model in self.models for variant in model.variants for worker in variant.workers]
+        variants = [variant for model in self.models for variant in model.variants]
+        places = [worker.dns or worker.authority for variant in variants for worker in variant.workers]
         if len(set(places)) != len(places):
             raise ValueError("a worker's url is listed twice")
         keeps_batches = self.batches.directory is not None or self.batches.bucket is not None

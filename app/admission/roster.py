@@ -341,6 +341,18 @@ class QueuedAdmission:
         (self.served.add if is_served or (is_served is None and slots) else self.served.discard)(worker_id)
         self.desk.set_slots(worker_id, self.share(slots))
 
+    def names(self, worker_id: str) -> bool:
+        """Whether somebody here holds a slot of the worker, or might still get one."""
+        return self.roster.held_on(worker_id) > 0 or any(
+            worker_id in lease.ticket.candidates for lease in self.roster.waiting.values()
+        )
+
+    def forget(self, worker_id: str) -> None:
+        """Say no more about a worker whose slots are 0, and that nobody here names."""
+        self.slots.pop(worker_id, None)
+        self.limits.pop(worker_id, None)
+        self.served.discard(worker_id)
+
     def share(self, slots: int) -> int:
         """What the desk of the moment may grant of a worker's slots."""
         return slots

@@ -72,6 +72,7 @@ def _variant(variant: Variant, runtime: Runtime) -> ModelObject:
         variant=variant.name,
         quantization=variant.quantization,
         max_model_len=_context_length(variant, runtime),
+        card=variant.card.public if variant.card else None,
         ready=any(worker.is_ready for worker in runtime.registry.pool((variant,))),
     )
 

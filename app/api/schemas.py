@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.card import PublicCard
+
 
 class Open(BaseModel):
     """A shape that other fields may extend."""
@@ -34,6 +36,7 @@ class ModelObject(BaseModel):
     variants: list[str] | None = Field(None, description="the names that pin one variant of this model")
     quantization: str | None = None
     max_model_len: int | None = None
+    card: PublicCard | None = Field(None, description="what was measured of a variant: cost, quality, speed")
     ready: bool = Field(description="whether at least one worker can serve it now")
 
 

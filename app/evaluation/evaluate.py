@@ -18,9 +18,10 @@ from app.evaluation.endpoint import Answer, Client, Endpoint
 from app.evaluation.page import Row, figures, page
 from app.evaluation.quality import Graded, TextSums, quality
 from app.evaluation.radar import radar
+from app.evaluation.resampling import shortened
 from app.evaluation.siblings import Sibling, find_siblings
 from app.evaluation.tasks import TASKS, Item, items, plain, prompts
-from app.evaluation.worker import engine_version, started
+from app.evaluation.worker import Quiet, engine_version, started
 from app.launcher.checkpoints import Base
 from app.launcher.engines import EngineChoice, choose_engine, require_installed
 from app.launcher.environments import HARNESS, RECIPES, Environment, Installer
@@ -72,6 +73,11 @@ class Order:
     @property
     def tasks(self) -> dict[TaskName, list[Item]]:
         return {task: items(task, self.items, self.seed) for task in TASKS} if self.items else {}
+
+    @property
+    def needs_worker(self) -> bool:
+        """Text is compared without one, tasks and speed are not."""
+        return self.wants("speed") or self.items > 0
 
     def wants(self, part: Part) -> bool:
         return self.only in {None, part}
@@ -126,11 +132,12 @@ class Evaluation:
         self._text = offline.Text.at(order.texts)
         self._machine = inspect_machine()
         self._choice = choose_engine(order.engine, order.home, self._machine)
+        self._has_experts = any(activated_share(sibling.directory) < 1 for sibling in siblings)
         self._peaks: tuple[float, float] | None = None
 
     def cards(self) -> list[Sibling]:
         """The siblings with their cards, each written as soon as it is known."""
-        self._steps.expect(len(self._siblings) + self._order.wants("quality"))
+        self._steps.expect(len(self._siblings) * self._order.needs_worker + self._order.wants("quality"))
         self._install()
         texts = self._texts()
         dense_heard: Heard | None = None
@@ -143,8 +150,11 @@ class Evaluation:
 
     def _install(self) -> None:
         """The environments that are missing, after what is asked of them is known to be possible."""
-        require_installed(self._choice)
-        wanted: list[Environment] = [RECIPES]
+        wanted: list[Environment] = []
+        if self._order.needs_worker:
+            require_installed(self._choice)
+        if self._order.wants("quality") or self._has_experts:
+            wanted.append(RECIPES)
         if self._order.wants("quality") and self._order.items:
             wanted.append(HARNESS)
         with locked(make_directory(self._order.home.root) / "lock"):
@@ -163,6 +173,8 @@ class Evaluation:
 
     def _run(self, sibling: Sibling) -> Run:
         """What cannot be served is part of the result, with the engine's reason."""
+        if not self._order.needs_worker:
+            return Run()
         with self._steps.step(f"Measuring {sibling.public_name}") as step:
             try:
                 return self._measured(sibling, step)
@@ -177,9 +189,11 @@ class Evaluation:
         with started(self._worker(sibling, port), endpoint) as running:
             version = engine_version(endpoint)
             heard = self._heard(endpoint, step) if order.wants("quality") and order.items else Heard({}, {})
+            quiet = Quiet(running, len(self._machine.cores))
             speed = asyncio.run(speeds(endpoint, order.seed, step)) if order.wants("speed") else ()
+            others = quiet.taken_by_others() if order.wants("speed") else None
             memory = running.memory_bytes() if order.wants("speed") else None
-        return Run(heard, speed, memory, self._measured_on(version, step))
+        return Run(heard, speed, memory, self._measured_on(version, others, step))
 
     def _heard(self, endpoint: Endpoint, step: Step) -> Heard:
         tasks, home = self._order.tasks, self._order.home
@@ -201,7 +215,7 @@ class Evaluation:
             need = worker_memory(sibling.manifest.weights_bytes, None, self._machine)
             require_memory(self._machine, need, f"a vLLM worker for {sibling.public_name}")
 
-    def _measured_on(self, version: str, step: Step) -> MeasuredOn:
+    def _measured_on(self, version: str, others: float | None, step: Step) -> MeasuredOn:
         bandwidth, flops = self._known_peaks(step) or (None, None)
         return MeasuredOn(
             cores=len(self._machine.cores),
@@ -210,12 +224,17 @@ class Evaluation:
             engine_version=version,
             peak_bytes_per_s=bandwidth,
             peak_flops=flops,
+            taken_by_others=shortened(others) if others is not None else None,
         )
 
     def _known_peaks(self, step: Step) -> tuple[float, float] | None:
         """Measured once, and only where a mixture of experts is among the variants: nothing else is held against it."""
-        sparse = any(activated_share(sibling.directory) < 1 for sibling in self._siblings)
-        if self._peaks is None and sparse and self._choice.engine is Engine.CPU and self._order.wants("speed"):
+        if (
+            self._peaks is None
+            and self._has_experts
+            and self._choice.engine is Engine.CPU
+            and self._order.wants("speed")
+        ):
             step.note("the machine's peaks")
             self._peaks = offline.peaks(self._order.home, step)
         return self._peaks

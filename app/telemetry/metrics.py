@@ -175,6 +175,12 @@ class Metrics:
             "state",
             across="livemax",
         )
+        self.config_reloads = counter(
+            "sluice_config_reloads_total", "Changes of the configuration that were found.", "outcome"
+        )
+        self.config_current = gauge(
+            "sluice_config_reload_success", "0 while the latest configuration is refused.", across="livemin"
+        )
         self.retries = counter("sluice_retries_total", "Attempts that were repeated on another slot.", "reason")
         self.refused = counter("sluice_malformed_requests_total", "Requests refused before a route saw them.", "code")
         self.resumes = counter("sluice_resumes_total", "Resumable streams that broke, by what came of it.", "outcome")
