@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -q
 TESTED := --prepare-only --variants dense,w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help up variants install check lint test bench fuzz dashboards locks
+.PHONY: help up variants install check lint test bench fuzz cards dashboards locks
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -60,6 +60,9 @@ fuzz: install  ## Throw much more at the gateway than the tests do (half an hour
 
 bench: install  ## Measure what the gateway costs
 	$(BIN)/python -m loadtest bench $(ARGS)
+
+cards: install  ## Measure every variant of smollm2 again and write deploy/variants.md (on a quiet machine; minutes each)
+	$(BIN)/python -m app evaluate smollm2 --output deploy $(ARGS)
 
 dashboards: install  ## Write deploy/grafana/dashboards again from their code
 	$(BIN)/python deploy/grafana/build.py

@@ -102,6 +102,9 @@ class MeasuredOn(CardPart):
     engine_version: str
     peak_bytes_per_s: float | None = Field(None, gt=0)
     peak_flops: float | None = Field(None, gt=0, description="float32, per second")
+    taken_by_others: float | None = Field(
+        None, ge=0, le=1, description="share of the cores' time that other processes took while speed was measured"
+    )
 
 
 class UncertaintyStep(CardPart):

@@ -172,14 +172,24 @@ def up(home: Path | None, variants: str, workers: tuple[str, ...], engine: str, 
 @click.option("--host", help="Overrides listen.host.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Overrides listen.port.")
 @click.option("--processes", type=click.IntRange(min=1), help="Overrides listen.processes.")
-def gateway(config: Path | None, host: str | None, port: int | None, processes: int | None) -> None:
-    """Run the gateway alone, in front of the workers that its configuration names."""
+@click.option("--check", is_flag=True, help="Say whether the configuration is sound, and end.")
+def gateway(config: Path | None, host: str | None, port: int | None, processes: int | None, check: bool) -> None:
+    """Run the gateway alone, in front of the workers that its configuration names.
+
+    SIGHUP, or a change of the file, has it read again: models, workers and tenants.
+    """
     from app.settings import load_settings
 
     settings = load_settings(config, host=host, port=port, processes=processes)
-    from app.api.server import serve
+    from app.api.serve import check as check_settings
+    from app.api.serve import serve
+    from app.reload import Source
 
-    serve(settings)
+    if check:
+        check_settings(settings)
+        click.echo("the configuration is sound")
+        return
+    serve(settings, Source(config, host, port, processes) if config else None)
 
 
 @main.group(epilog=KEYS_EXAMPLES)

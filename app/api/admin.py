@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from app.admission.fairness import MOVED, RANK, Overview
 from app.admission.quota import NOTHING, Metered, Usage, claims_of
 from app.api.dependencies import RuntimeOf
+from app.errors import ConfigurationError, InvalidValue
 from app.tenant import Limits
 
 routes = APIRouter(prefix="/admin", tags=["operations"])
@@ -71,6 +72,18 @@ class LimitsView(BaseModel):
     """What the configured tenants have used of their limits; of this process' share while Redis is out of reach."""
 
     tenants: list[LimitsRow]
+
+
+class ReloadView(BaseModel):
+    outcome: str = Field(description="`applied` or `unchanged`; other processes of the gateway follow by themselves")
+
+
+@routes.post("/reload", summary="Read the configuration again; 400 and the reason if it is refused")
+async def reload(runtime: RuntimeOf) -> ReloadView:
+    try:
+        return ReloadView(outcome=await runtime.reload.now())
+    except ConfigurationError as error:
+        raise InvalidValue(f"The configuration is refused, and the old one kept: {error}") from None
 
 
 @routes.get("/limits", summary="Limits: what each tenant has used of its windows, and how much runs at once")

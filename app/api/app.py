@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI, Request
@@ -18,6 +18,7 @@ from app.api.inference import InferenceRoutes
 from app.api.middleware import Dispatch, Errors, RequestIds
 from app.api.openapi import document
 from app.errors import GatewayError, InternalError, InvalidValue, MethodNotAllowed, RouteNotFound
+from app.reload import Source
 from app.runtime import open_runtime
 from app.settings import Settings
 
@@ -37,12 +38,20 @@ OPERATOR_PAGES = ("/docs", "/openapi.json")
 """FastAPI's own."""
 
 
-def create_app(settings: Settings) -> ASGIApp:
-    """The ASGI application of one gateway process; its lifespan opens and closes the runtime."""
+def well() -> bool:
+    """Never ailing: of a process without siblings, nobody would live to say so."""
+    return False
+
+
+def create_app(settings: Settings, source: Source | None = None, is_ailing: Callable[[], bool] = well) -> ASGIApp:
+    """The ASGI application of one gateway process; its lifespan opens and closes the runtime.
+
+    `is_ailing` says whether this replica's processes keep dying: then it asks for no more work.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
-        async with open_runtime(settings) as runtime:
+        async with open_runtime(settings, source, is_ailing) as runtime:
             _spare_the_collector()
             yield {"runtime": runtime}
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from math import inf
 
+from msgspec.structs import replace
 from starlette.types import Receive, Scope, Send
 
 from app.api.access import caller_of, key_id_of
@@ -17,6 +18,7 @@ from app.api.response import response_of
 from app.api.responses import end_stream, send_reply
 from app.errors import GatewayError, InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
+from app.preference import policy_of, session_of
 from app.runtime import Runtime
 from app.settings import Settings
 from app.telemetry.account import UNRESOLVED
@@ -27,12 +29,19 @@ TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
 QUEUE_EVENTS_HEADER = b"x-sluice-queue-events"
+POLICY_HEADER = b"x-sluice-policy"
+SESSION_HEADER = b"x-sluice-session"
+READ_HEADERS = frozenset(
+    {*TRACE_HEADERS, TIMEOUT_HEADER, CLIENT_TIMEOUT_HEADER, QUEUE_EVENTS_HEADER, POLICY_HEADER, SESSION_HEADER}
+)
 
 
 def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """What the headers say about a request: until when, of which trace. Raises InvalidValue."""
+    """What the headers say about a request: until when, of which trace, by which policy. Raises InvalidValue."""
     traces = []
     for name, value in headers:
+        if name not in READ_HEADERS:
+            continue
         if name in TRACE_HEADERS:
             if TRACE_HEADERS[name].fullmatch(value):
                 traces.append((name, value))
@@ -42,6 +51,12 @@ def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes
             request.deadline = min(request.deadline, request.arrived + _patience_s(value))
         elif name == QUEUE_EVENTS_HEADER:
             request.wants_queue_events = request.stream and value == b"1"
+        elif name == POLICY_HEADER:
+            policy = policy_of(value.decode("latin-1"), POLICY_HEADER.decode())
+            request.preference = replace(request.preference, policy=policy)
+        elif name == SESSION_HEADER:
+            session = session_of(value.decode("latin-1"), SESSION_HEADER.decode())
+            request.preference = replace(request.preference, session=session)
     request.trace_headers = tuple(traces)
 
 

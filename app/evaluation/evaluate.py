@@ -18,9 +18,10 @@ from app.evaluation.endpoint import Answer, Client, Endpoint
 from app.evaluation.page import Row, figures, page
 from app.evaluation.quality import Graded, TextSums, quality
 from app.evaluation.radar import radar
+from app.evaluation.resampling import shortened
 from app.evaluation.siblings import Sibling, find_siblings
 from app.evaluation.tasks import TASKS, Item, items, plain, prompts
-from app.evaluation.worker import engine_version, started
+from app.evaluation.worker import Quiet, engine_version, started
 from app.launcher.checkpoints import Base
 from app.launcher.engines import EngineChoice, choose_engine, require_installed
 from app.launcher.environments import HARNESS, RECIPES, Environment, Installer
@@ -188,9 +189,11 @@ class Evaluation:
         with started(self._worker(sibling, port), endpoint) as running:
             version = engine_version(endpoint)
             heard = self._heard(endpoint, step) if order.wants("quality") and order.items else Heard({}, {})
+            quiet = Quiet(running, len(self._machine.cores))
             speed = asyncio.run(speeds(endpoint, order.seed, step)) if order.wants("speed") else ()
+            others = quiet.taken_by_others() if order.wants("speed") else None
             memory = running.memory_bytes() if order.wants("speed") else None
-        return Run(heard, speed, memory, self._measured_on(version, step))
+        return Run(heard, speed, memory, self._measured_on(version, others, step))
 
     def _heard(self, endpoint: Endpoint, step: Step) -> Heard:
         tasks, home = self._order.tasks, self._order.home
@@ -212,7 +215,7 @@ class Evaluation:
             need = worker_memory(sibling.manifest.weights_bytes, None, self._machine)
             require_memory(self._machine, need, f"a vLLM worker for {sibling.public_name}")
 
-    def _measured_on(self, version: str, step: Step) -> MeasuredOn:
+    def _measured_on(self, version: str, others: float | None, step: Step) -> MeasuredOn:
         bandwidth, flops = self._known_peaks(step) or (None, None)
         return MeasuredOn(
             cores=len(self._machine.cores),
@@ -221,6 +224,7 @@ class Evaluation:
             engine_version=version,
             peak_bytes_per_s=bandwidth,
             peak_flops=flops,
+            taken_by_others=shortened(others) if others is not None else None,
         )
 
     def _known_peaks(self, step: Step) -> tuple[float, float] | None:

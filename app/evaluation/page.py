@@ -13,6 +13,7 @@ MIB = 1024**2
 NONE = "–"
 NOTABLY = 0.95  # what is within five percent of the dense sibling's is not called slower
 CASCADE_QUALITY = 0.97
+DISTURBED = 0.1
 INTERVALS = (
     "Intervals hold 95 % of 1,000 resamplings of the texts and items. Relative quality is the mean of exp(−KL) and of"
     " the share of each task's score that is kept; a task's score is the share of its items answered right."
@@ -58,6 +59,7 @@ def page(model: str, rows: Sequence[Row], picture: str) -> str:
     parts = [
         f"# {model}: which variant should I run?",
         "Written by `sluice evaluate` from the cards in the variants' manifests.",
+        *_disturbed(rows),
         *_advice(rows),
         f"![Each variant against the dense one, larger is better]({picture})" if len(rows) > 1 else "",
         "## Cost and performance",
@@ -79,6 +81,15 @@ def page(model: str, rows: Sequence[Row], picture: str) -> str:
         _measured(rows),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _disturbed(rows: Sequence[Row]) -> list[str]:
+    """Speed of a machine that others used at the same time says nothing about variants."""
+    shares = [one.taken_by_others for row in rows if (one := row.card.machine) and one.taken_by_others is not None]
+    if not shares or max(shares) < DISTURBED:
+        return []
+    span = f"{min(shares):.0%} to {max(shares):.0%}" if len(shares) > 1 else f"{shares[0]:.0%}"
+    return [f"> **Speed and cost below are no comparison:** others took {span} of the cores while they were measured."]
 
 
 def _advice(rows: Sequence[Row]) -> list[str]:
@@ -180,7 +191,14 @@ def _slower(rows: Sequence[Row]) -> list[str]:
         }
         if worse:
             found.append(f"- `{row.variant}`: " + ", ".join(f"{axis} {value:.2f}×" for axis, value in worse.items()))
-    return ["Worse than the dense variant here (1× is equal, less is worse):", "\n".join(found)] if found else []
+    return (
+        [
+            "Worse than the dense variant here (1× is equal, less is worse; first token and tokens/s with one stream):",
+            "\n".join(found),
+        ]
+        if found
+        else []
+    )
 
 
 def _sparse(rows: Sequence[Row]) -> list[str]:

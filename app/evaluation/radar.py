@@ -32,13 +32,16 @@ class Figure:
 
 
 def ratios(card: Card, dense: Card) -> dict[str, float | None]:
-    """By axis, how many times as good as the dense sibling; times, sizes and costs count inversely."""
+    """By axis, how many times as good as the dense sibling; times, sizes and costs count inversely.
+
+    TTFT and tokens/s are those of one stream, tokens per dollar follow from the most streams at a time.
+    """
     ttft, lone, busy = _speed(card)
     dense_ttft, dense_lone, dense_busy = _speed(dense)
     return {
         "quality": card.relative_quality,
         "first token": _by(dense_ttft, ttft),
-        "tokens/s, 1 stream": _by(lone, dense_lone),
+        "tokens/s": _by(lone, dense_lone),
         "tokens per $": _by(busy, dense_busy),
         "memory": _by(dense.memory_bytes, card.memory_bytes),
         "size": _by(dense.size_bytes, card.size_bytes),

@@ -37,6 +37,10 @@ class MeasuredWorker:
         """Of all its processes, shared pages divided among those who share them (PSS)."""
         return sum(_pss(member) for member in psutil.Process(self.process.pid).children(recursive=True))
 
+    def cpu_seconds(self) -> float:
+        """That its processes have used."""
+        return sum(_cpu_seconds(member) for member in psutil.Process(self.process.pid).children(recursive=True))
+
     def why(self, error: LaunchError) -> LaunchError:
         """What its log says where it has died of the matter, else `error`."""
         with suppress(subprocess.TimeoutExpired):
@@ -53,6 +57,25 @@ class MeasuredWorker:
         except subprocess.TimeoutExpired:
             self.process.terminate()  # the tether answers by killing the whole group
             self.process.wait()
+
+
+class Quiet:
+    """Whether the machine was: how much of the cores others took than `worker` and this process, since it was made."""
+
+    def __init__(self, worker: MeasuredWorker, cores: int) -> None:
+        self._worker = worker
+        self._cores = cores
+        self._started = time.monotonic()
+        self._all, self._own = _busy_seconds(), self._used()
+
+    def taken_by_others(self) -> float:
+        """Between 0 and 1: cores' time, also what a hypervisor gave to other machines."""
+        wall_s = time.monotonic() - self._started
+        others = (_busy_seconds() - self._all) - (self._used() - self._own)
+        return min(1.0, max(0.0, others / max(1e-9, wall_s * self._cores)))
+
+    def _used(self) -> float:
+        return self._worker.cpu_seconds() + _cpu_seconds(psutil.Process())
 
 
 @contextmanager
@@ -115,3 +138,17 @@ def _pss(process: psutil.Process) -> int:
         return int(process.memory_full_info().pss)
     except psutil.Error:
         return 0
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def _busy_seconds() -> float:
+    """Of all cores of the machine since it was started: all but idle, and waiting for a disk is idle, too."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))

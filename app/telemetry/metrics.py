@@ -81,6 +81,9 @@ DURATION_BUCKETS = (
 BATCH_BUCKETS = (1, 10, 60, 300, 900, 1800, 3600, 7200, 14400, 28800, 57600, 86400, 172800)
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
+SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.33, 2, 4, 10)
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -172,6 +175,12 @@ class Metrics:
             "state",
             across="livemax",
         )
+        self.config_reloads = counter(
+            "sluice_config_reloads_total", "Changes of the configuration that were found.", "outcome"
+        )
+        self.config_current = gauge(
+            "sluice_config_reload_success", "0 while the latest configuration is refused.", across="livemin"
+        )
         self.retries = counter("sluice_retries_total", "Attempts that were repeated on another slot.", "reason")
         self.refused = counter("sluice_malformed_requests_total", "Requests refused before a route saw them.", "code")
         self.resumes = counter("sluice_resumes_total", "Resumable streams that broke, by what came of it.", "outcome")
@@ -186,6 +195,38 @@ class Metrics:
         self._shown_tenants: frozenset[str] = frozenset()
         self._tenant_ends: dict[tuple[str, Outcome], tuple[Counter, Counter, Counter]] = {}
         self.show_tenants(tenants)
+        self.variant_choices = counter(
+            "sluice_variant_choices_total", "Requests whose variant was chosen.", "model", "variant", "reason"
+        )
+        self.variant_steps = counter(
+            "sluice_variant_steps_total",
+            "Steps down under pressure and up again, from one variant to another.",
+            "model",
+            "from",
+            "to",
+            "reason",
+        )
+        self.shadows = counter(
+            "sluice_shadow_requests_total",
+            "Copies for a shadow variant, by what became of them.",
+            "model",
+            "variant",
+            "outcome",
+        )
+        self.shadow_agreement = Histogram(
+            "sluice_shadow_agreement_ratio",
+            "Words that a shadow's answer shares with the one that was returned.",
+            ("model", "variant"),
+            buckets=SHARE_BUCKETS,
+            registry=registry,
+        )
+        self.shadow_length = Histogram(
+            "sluice_shadow_length_ratio",
+            "Length of a shadow's answer by that of the one that was returned.",
+            ("model", "variant"),
+            buckets=RATIO_BUCKETS,
+            registry=registry,
+        )
         self.batch_lines = gauge("sluice_batch_lines", "Lines of unfinished batches.", "state", across="livemax")
         self.batch_lines_in_flight = gauge(
             "sluice_batch_lines_in_flight", "Lines that wait for a slot or are answered."

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from app.card import Card, GateFailure, Speed, Uncertainty, UncertaintyStep, Verdict
+from app.card import Card, GateFailure, MeasuredOn, Speed, Uncertainty, UncertaintyStep, Verdict
 from app.evaluation.page import Row, figures, page
 from app.evaluation.radar import Figure, radar, ratios
 from tests.unit.cards import card, quality
@@ -73,7 +73,7 @@ def test_ratios_are_larger_where_a_variant_is_better() -> None:
     assert ratios(SMALL.card, DENSE.card) == {
         "quality": 0.92,
         "first token": 2.0,
-        "tokens/s, 1 stream": 0.5,
+        "tokens/s": 0.5,
         "tokens per $": 0.5,
         "memory": 2.0,
         "size": 1.0,
@@ -98,9 +98,22 @@ def test_advice_names_only_what_is_served_and_passes_its_gate() -> None:
     assert "w4a16" not in advice
 
 
+def measured_beside(others: float | None) -> Row:
+    machine = MeasuredOn(
+        cores=2, instruction_set="avx2", engine="cpu", engine_version="1", taken_by_others=others
+    )  # fmt: skip
+    return Row("dense", "dense", DENSE.card.model_copy(update={"machine": machine}))
+
+
+def test_speed_of_a_machine_that_others_used_is_called_no_comparison() -> None:
+    assert "others took 85% of the cores" in page("m", [measured_beside(0.85)], "p.svg")
+    assert "no comparison" not in page("m", [measured_beside(0.02)], "p.svg")
+    assert "no comparison" not in page("m", [measured_beside(None)], "p.svg")
+
+
 def test_what_was_slower_is_in_words() -> None:
     text = page("smollm2", ROWS, "variants.svg")
-    assert "- `w8a8`: tokens/s, 1 stream 0.50×, tokens per $ 0.50×" in text
+    assert "- `w8a8`: tokens/s 0.50×, tokens per $ 0.50×" in text
     assert "- `depth8`" not in text.partition("## Quality")[0].partition("Worse than")[2]
 
 
