@@ -31,9 +31,13 @@ async def ready(runtime: RuntimeOf, request: Request) -> Response:
         }
         for worker in runtime.registry
     }
-    is_ready = runtime.registry.any_ready and not runtime.drain.is_quiet
-    status = "draining" if runtime.drain.is_quiet else "ready" if is_ready else "not ready"
-    return JSONResponse({"status": status, "workers": workers}, status_code=200 if is_ready else 503)
+    if runtime.drain.is_quiet:
+        status = "draining"
+    elif runtime.is_ailing():
+        status = "ailing"  # its processes keep dying
+    else:
+        status = "ready" if runtime.registry.any_ready else "not ready"
+    return JSONResponse({"status": status, "workers": workers}, status_code=200 if status == "ready" else 503)
 
 
 @routes.get("/metrics", summary="All series, in Prometheus' text format", response_class=Response)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from math import inf
 
+from msgspec.structs import replace
 from starlette.types import Receive, Scope, Send
 
 from app.api.access import caller_of, key_id_of
@@ -17,22 +18,33 @@ from app.api.response import response_of
 from app.api.responses import end_stream, send_reply
 from app.errors import GatewayError, InvalidRequest, InvalidValue
 from app.inference import Band, InferenceRequest, Outcome, Route
+from app.preference import policy_of, session_of
 from app.runtime import Runtime
 from app.settings import Settings
 from app.telemetry.account import UNRESOLVED
+from app.telemetry.refusals import Kind
 
 TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[ -~]{0,128})?")
 TRACE_STATE = re.compile(rb"[ -~]{1,512}")
 TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
+CONSOLE_CHAT = "/console/chat/completions"
+"""Route.CHAT for operators, on their listener: the console can reach no other. Its tenant is that of their key."""
 QUEUE_EVENTS_HEADER = b"x-sluice-queue-events"
+POLICY_HEADER = b"x-sluice-policy"
+SESSION_HEADER = b"x-sluice-session"
+READ_HEADERS = frozenset(
+    {*TRACE_HEADERS, TIMEOUT_HEADER, CLIENT_TIMEOUT_HEADER, QUEUE_EVENTS_HEADER, POLICY_HEADER, SESSION_HEADER}
+)
 
 
 def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """What the headers say about a request: until when, of which trace. Raises InvalidValue."""
+    """What the headers say about a request: until when, of which trace, by which policy. Raises InvalidValue."""
     traces = []
     for name, value in headers:
+        if name not in READ_HEADERS:
+            continue
         if name in TRACE_HEADERS:
             if TRACE_HEADERS[name].fullmatch(value):
                 traces.append((name, value))
@@ -42,6 +54,12 @@ def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes
             request.deadline = min(request.deadline, request.arrived + _patience_s(value))
         elif name == QUEUE_EVENTS_HEADER:
             request.wants_queue_events = request.stream and value == b"1"
+        elif name == POLICY_HEADER:
+            policy = policy_of(value.decode("latin-1"), POLICY_HEADER.decode())
+            request.preference = replace(request.preference, policy=policy)
+        elif name == SESSION_HEADER:
+            session = session_of(value.decode("latin-1"), SESSION_HEADER.decode())
+            request.preference = replace(request.preference, session=session)
     request.trace_headers = tuple(traces)
 
 
@@ -63,7 +81,10 @@ def _patience_s(value: bytes) -> float:
 class InferenceRoutes:
     """Serves a POST to any of the inference routes."""
 
-    paths: dict[str, Route] = {route.value: route for route in Route}  # noqa: RUF012 - read-only
+    paths: dict[str, Route] = {  # noqa: RUF012 - read-only
+        **{route.value: route for route in Route},
+        CONSOLE_CHAT: Route.CHAT,
+    }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived = time.monotonic()
@@ -74,6 +95,8 @@ class InferenceRoutes:
         except InvalidRequest as error:
             took_s = time.monotonic() - arrived
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
+            kind = Kind(Outcome.REJECTED, error.code, UNRESOLVED, caller_of(scope).tenant.name, Band.DEFAULT)
+            runtime.refusals.note(kind, arrived + took_s)
             raise
         client, response = connection_of(scope), response_of(scope)
         try:

@@ -6,6 +6,7 @@ listed here pass through to it.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,6 +29,10 @@ class ModelObject(BaseModel):
     owned_by: str = "sluice"
     parent: str | None = Field(None, description="the model that a variant belongs to")
     variant: str | None = None
+    alias_of: str | None = Field(None, description="the model or variant that this is another name of")
+    aliases: list[str] | None = None
+    deprecated: datetime | None = None
+    sunset: datetime | None = Field(None, description="from then on this name is not found")
     variants: list[str] | None = Field(None, description="the names that pin one variant of this model")
     quantization: str | None = None
     max_model_len: int | None = None

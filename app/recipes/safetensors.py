@@ -17,6 +17,9 @@ from app.errors import LaunchError
 HEADER_MAX_BYTES = 100_000_000  # the format's own limit
 # What quantization adds beside the weights is not a parameter of the model.
 AUXILIARY = ("_scale", "_zero_point", "_shape", "_g_idx", ".scales", ".qzeros")
+# compressed-tensors' pack-quantized format holds INT4 weights by eight in an int32.
+PACKED = ".weight_packed"
+NUMBERS_IN_A_PACK = 8
 EXPERT = ".experts."
 
 
@@ -85,7 +88,11 @@ def _sizes(file: Path) -> list[tuple[str, int]]:
         except ValueError:
             raise LaunchError(f"{file}: not a safetensors file") from None
     tensors = ((name, entry) for name, entry in header.items() if name != "__metadata__")
-    return [(name, math.prod(entry["shape"])) for name, entry in tensors if not name.endswith(AUXILIARY)]
+    return [(name, _numbers(name, entry["shape"])) for name, entry in tensors if not name.endswith(AUXILIARY)]
+
+
+def _numbers(name: str, shape: list[int]) -> int:
+    return math.prod(shape) * (NUMBERS_IN_A_PACK if name.endswith(PACKED) else 1)
 
 
 def activated_share(directory: Path) -> float:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
 from app.errors import InvalidValue, NoHealthyWorker, QueueTimeout, UpstreamTimeout, WorkerLost
-from app.inference import Band, InferenceRequest, Outcome, Route, TokenUsage
+from app.inference import Band, InferenceRequest, Outcome, Route, Spent, TokenUsage
 from app.telemetry.account import GAPS_AT_ONCE, Accounts, RequestsLog, Timeline, code_of, outcome_of
 from app.telemetry.metrics import ITL_BUCKETS, Metrics, QuickHistogram
 
@@ -206,3 +206,39 @@ def test_the_quick_histogram_counts_as_the_library_does(amounts: list[float]) ->
             }
         )
     assert shown[0] == pytest.approx(shown[1]) == shown[2]
+
+
+def test_what_was_set_aside_is_paid_for_and_counted_where_it_was_generated() -> None:
+    desk = Desk()
+    account = desk.accounts.open(desk.request())
+    account.admitted("small", 0.5)
+    account.dispatched(101.0)
+    account.first_byte(102.0)
+    account.usage = TokenUsage(10, 4)
+    account.set_aside()
+    assert account.spent(None) == TokenUsage(10, 4)
+    account.admitted("v", 0.5)
+    account.dispatched(103.0)
+    account.first_byte(104.0)
+    account.token(104.0)
+    assert account.spent(None) == Spent(None, 5)
+    account.usage = TokenUsage(10, 6)
+    assert account.spent(None) == TokenUsage(20, 10)
+    account.close(None)
+    assert desk.value("generation_tokens_total", model="m", variant="small", band="default") == 4
+    assert desk.value("generation_tokens_total", **LABELS) == 6
+    assert desk.value("tenant_tokens_total", tenant="other", direction="output") == 10
+    assert desk.value("requests_total", **LABELS, outcome="completed", code="") == 1
+
+
+def test_what_was_set_aside_can_be_taken_back() -> None:
+    desk = Desk()
+    account = desk.accounts.open(desk.request())
+    account.admitted("v", 0.0)
+    account.first_byte(102.0)
+    account.usage = TokenUsage(10, 4)
+    account.set_aside()
+    account.take_back()
+    assert account.spent(None) == TokenUsage(10, 4)
+    account.close(None)
+    assert desk.value("generation_tokens_total", **LABELS) == 4
