@@ -332,10 +332,6 @@ def _given_threshold(asked: settings.Cascade) -> Uncertainty:
     )
 
 
-def _manifest(configured: settings.Variant) -> Manifest | None:
-    return Manifest.read_checked(configured.manifest.parent) if configured.manifest else None
-
-
 def _cost(configured: settings.Variant, manifest: Manifest | None) -> float | None:
     card = manifest.card if manifest else None
     return configured.cost or (card.cost.per_million_tokens if card and card.cost else None)
@@ -373,6 +369,10 @@ def _variant(
         resumes=model.resume,
         facts=facts,
     )
+
+
+def _manifest(configured: settings.Variant) -> Manifest | None:
+    return Manifest.read_checked(configured.manifest.parent) if configured.manifest else None
 
 
 def _worker(public_name: str, configured: settings.Worker, contexts: TlsContexts) -> WorkerAddress:

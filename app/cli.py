@@ -321,11 +321,23 @@ def duration(text: str) -> timedelta:
 @click.option("--port", type=click.IntRange(1, 65535), required=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--cores", metavar="0,1,…", default="", help="CPU cores to bind to.  [default: vLLM's choice]")
+@click.option("--api-key-file", type=click.Path(path_type=Path),
+              help="Holds the key that requests must show; the gateway's configuration names it as well.")  # fmt: skip
 @engine_options
 @home_option
 @click.argument("vllm_arguments", nargs=-1, type=click.UNPROCESSED)
-def worker(home: Path | None, engine: str, cores: str, vllm_arguments: tuple[str, ...], **given: Any) -> None:
-    """Run one vLLM worker in the foreground; it has no access control, so keep it on a private network."""
+def worker(
+    home: Path | None,
+    engine: str,
+    cores: str,
+    api_key_file: Path | None,
+    vllm_arguments: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Run one vLLM worker in the foreground. Its metrics and probes are open to all who reach it, and without
+    --api-key-file so is the model: keep it on a private network."""
+    from app.credentials import read_secret
+
     with require_extra("up"):
         from app.launcher.engines import choose_engine, require_installed
         from app.launcher.machine import inspect_machine
@@ -336,6 +348,8 @@ def worker(home: Path | None, engine: str, cores: str, vllm_arguments: tuple[str
     options = WorkerOptions(cores=core_ids(cores), extra=vllm_arguments, **given)
     arguments = worker_arguments(choice.python, options, choice.engine, machine)
     environment = worker_environment(choice.python, options, choice.engine, machine, os.environ)
+    if key := read_secret(api_key_file, None):
+        environment["VLLM_API_KEY"] = key  # not an argument: those are everybody's to see
     os.execve(arguments[0], arguments, environment)  # noqa: S606 - replaced, so that signals reach vLLM itself
 
 

@@ -21,6 +21,8 @@ from app.batches.meter import Meter
 from app.batches.runner import Runner, Shelf
 from app.batches.storage import open_storage
 from app.catalogue import Catalogue
+from app.console.board import Board
+from app.console.console import Console, Sources
 from app.credentials import server_secret
 from app.drain import Drain
 from app.errors import KeyRevoked, ModelNotFound
@@ -35,6 +37,7 @@ from app.shadow import Shadows
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_audit, open_log
 from app.telemetry.metrics import Metrics, open_metrics
+from app.telemetry.refusals import Refusals
 from app.tenancy.authentication import Identification, KeyIdentification, OpenDoor
 from app.tenancy.directory import Directory
 from app.tenancy.failures import Failures
@@ -75,6 +78,8 @@ class Runtime:
     audit: Log
     started: float
     batches: Batches | None
+    refusals: Refusals
+    console: Console
 
 
 @asynccontextmanager
@@ -123,6 +128,9 @@ async def open_runtime(
         _say_open(settings, metrics, log)
     meter = Meter(catalogue, registry, admission, accounts.ttfts, clock)
     batches = _batches(settings, gateway, meter, catalogue, tenants, drain, metrics, log)
+    looks_at = catalogue, registry, admission, metrics, accounts.refusals, batches, drain
+    sources = Sources(*looks_at, is_guarded=settings.is_guarded, started=time.time())
+    console = Console(sources, Board(metrics.shared_directory))
     runtime = Runtime(
         settings,
         catalogue,
@@ -141,8 +149,10 @@ async def open_runtime(
         metrics,
         log,
         audit=open_audit(settings.logs),
-        started=time.time(),
+        started=sources.started,
         batches=batches,
+        refusals=accounts.refusals,
+        console=console,
     )
     try:
         async with (
@@ -153,6 +163,7 @@ async def open_runtime(
             gauges.refreshed(),
             _running(batches),
             shadows.running(gateway.serve),
+            console.running(),
         ):
             yield runtime
     finally:

@@ -99,10 +99,17 @@ class WorkerTls(Tls):
 class Redis(Part):
     """The server that all gateway processes share. Left out, each process admits on its own."""
 
-    url: str = Field("redis://127.0.0.1:6379/0", description="`rediss://` for TLS")
+    url: str = Field("redis://127.0.0.1:6379/0", description="`rediss://` for TLS; `USER@` before the host")
+    password_file: Path | None = Field(None, description="holds the password, which is better not in the url")
     tls: Tls | None = Field(None, description="default for rediss: the system's authorities")
     prefix: str = Field("sluice", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="of all keys; one per fleet")
     allow_eviction: bool = Field(False, description="start although the server may evict keys, leases among them")
+
+    @model_validator(mode="after")
+    def _has_one_password(self) -> Self:
+        if self.password_file is not None and urlsplit(self.url).password is not None:
+            raise ValueError("a password in url and password_file are both given")
+        return self
 
 
 class Auth(Part):

@@ -318,6 +318,11 @@ class QueuedAdmission:
         """All that waits, wherever it arrived, and what these tenants have used. Raises DependencyUnavailable."""
         raise NotImplementedError
 
+    @property
+    def is_degraded(self) -> bool:
+        """Whether it does without the ledger that it should have."""
+        return False
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Do what has to be done all the time."""

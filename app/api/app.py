@@ -12,9 +12,9 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from app.api import admin, batches, files, health, keys, models
+from app.api import admin, batches, console, files, health, keys, models
 from app.api.access import Access, Guard, Rules
-from app.api.inference import InferenceRoutes
+from app.api.inference import CONSOLE_CHAT, InferenceRoutes
 from app.api.middleware import Dispatch, Errors, RequestIds
 from app.api.openapi import document
 from app.errors import GatewayError, InternalError, InvalidValue, MethodNotAllowed, RouteNotFound
@@ -32,10 +32,12 @@ DECLARED: tuple[tuple[Access, APIRouter], ...] = (
     (Access.ADMIN, health.routes),
     (Access.ADMIN, admin.routes),
     (Access.ADMIN, keys.routes),
+    (Access.ADMIN, console.routes),
+    (Access.PAGE, console.pages),
 )
 """All routes but the inference routes, and who may ask for them."""
-OPERATOR_PAGES = ("/docs", "/openapi.json")
-"""FastAPI's own."""
+OPERATOR_PAGES = ("/docs", "/openapi.json", CONSOLE_CHAT)
+"""What no APIRouter holds: FastAPI's own pages, and where the console asks."""
 
 
 def well() -> bool:

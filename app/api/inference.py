@@ -22,12 +22,15 @@ from app.preference import policy_of, session_of
 from app.runtime import Runtime
 from app.settings import Settings
 from app.telemetry.account import UNRESOLVED
+from app.telemetry.refusals import Kind
 
 TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[ -~]{0,128})?")
 TRACE_STATE = re.compile(rb"[ -~]{1,512}")
 TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
+CONSOLE_CHAT = "/console/chat/completions"
+"""Route.CHAT for operators, on their listener: the console can reach no other. Its tenant is that of their key."""
 QUEUE_EVENTS_HEADER = b"x-sluice-queue-events"
 POLICY_HEADER = b"x-sluice-policy"
 SESSION_HEADER = b"x-sluice-session"
@@ -78,7 +81,10 @@ def _patience_s(value: bytes) -> float:
 class InferenceRoutes:
     """Serves a POST to any of the inference routes."""
 
-    paths: dict[str, Route] = {route.value: route for route in Route}  # noqa: RUF012 - read-only
+    paths: dict[str, Route] = {  # noqa: RUF012 - read-only
+        **{route.value: route for route in Route},
+        CONSOLE_CHAT: Route.CHAT,
+    }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived = time.monotonic()
@@ -89,6 +95,8 @@ class InferenceRoutes:
         except InvalidRequest as error:
             took_s = time.monotonic() - arrived
             runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
+            kind = Kind(Outcome.REJECTED, error.code, UNRESOLVED, caller_of(scope).tenant.name, Band.DEFAULT)
+            runtime.refusals.note(kind, arrived + took_s)
             raise
         client, response = connection_of(scope), response_of(scope)
         try:

@@ -13,6 +13,7 @@ from app.errors import Draining, GatewayError, InvalidRequest, QueueTimeout, Una
 from app.inference import Band, InferenceRequest, Outcome, Spent, TokenUsage
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics, Series
+from app.telemetry.refusals import Kind, Refusals
 
 Clock = Callable[[], float]
 
@@ -105,6 +106,7 @@ class Account:
         "_log",
         "_metrics",
         "_paces",
+        "_refusals",
         "_request",
         "_series",
         "_token_times",
@@ -116,9 +118,17 @@ class Account:
     )
 
     def __init__(
-        self, request: InferenceRequest, metrics: Metrics, log: RequestsLog, clock: Clock, ttfts: Ttfts, paces: Ttfts
+        self,
+        request: InferenceRequest,
+        metrics: Metrics,
+        log: RequestsLog,
+        clock: Clock,
+        ttfts: Ttfts,
+        paces: Ttfts,
+        refusals: Refusals,
     ) -> None:
         self._request = request
+        self._refusals = refusals
         self._ttfts = ttfts
         self._paces = paces
         self._metrics = metrics
@@ -238,6 +248,8 @@ class Account:
         if self._aside is not None:
             usage = self._observe_aside(self._aside, usage)
         self._metrics.tenant_ended(self._request.tenant.name, outcome, usage)
+        if cause is not None:
+            self._refusals.note(Kind(outcome, code, model, self._request.tenant.name, band), ended)
         if self._log.wants(outcome):
             self._log.write(self._request, self, outcome, code, ended)
 
@@ -368,6 +380,7 @@ class Accounts:
         self.ttfts = Ttfts()
         self.paces = Ttfts()
         """From dispatch to the first token, by variant."""
+        self.refusals = Refusals()
 
     def open(self, request: InferenceRequest) -> Account:
-        return Account(request, self._metrics, self._log, self._clock, self.ttfts, self.paces)
+        return Account(request, self._metrics, self._log, self._clock, self.ttfts, self.paces, self.refusals)

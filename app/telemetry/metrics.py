@@ -26,6 +26,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from app.inference import Band, Outcome, TokenUsage
+from app.telemetry.tally import NOTHING_YET, Tally
 
 # vLLM's own bucket edges, so that gateway and engine panels overlay.
 TTFT_BUCKETS = (
@@ -101,6 +102,10 @@ class QuickHistogram(Histogram):
         self._sum.inc(amount)
         self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
 
+    def counts(self) -> list[float]:
+        """How many fell into each bucket, of a child."""
+        return [bucket.get() for bucket in self._buckets]
+
     def observe_all(self, amounts: Sequence[float]) -> None:
         """Each of `amounts`. In order those of a bucket stand together, and there are few buckets."""
         ordered, begin = sorted(amounts), 0
@@ -112,6 +117,16 @@ class QuickHistogram(Histogram):
         self._sum.inc(sum(amounts))
 
 
+class ReadableCounter(Counter):
+    """A counter that tells what it has counted."""
+
+    @property
+    def count(self) -> float:
+        """Of a child, in this process."""
+        counted: float = self._value.get()
+        return counted
+
+
 class Metrics:
     """The series of one process."""
 
@@ -121,8 +136,8 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> QuickHistogram:
             return QuickHistogram(name, text, _LABELS, buckets=buckets, registry=registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+        def counter(name: str, text: str, *labels: str) -> ReadableCounter:
+            return ReadableCounter(name, text, labels, registry=registry)
 
         def gauge(name: str, text: str, *labels: str, across: str = "livesum") -> Gauge:
             return Gauge(name, text, labels, registry=registry, multiprocess_mode=across)  # type: ignore[arg-type]
@@ -240,7 +255,7 @@ class Metrics:
             registry=registry,
         )
         self._series: dict[tuple[str, str, Band], Series] = {}
-        self._ends: dict[tuple[str, str, Band, Outcome, str], tuple[Counter, Histogram]] = {}
+        self._ends: dict[tuple[str, str, Band, Outcome, str], tuple[ReadableCounter, Histogram]] = {}
 
     def series(self, model: str, variant: str, band: Band) -> Series:
         """The children of one label set. Cached: looking each up costs more than the observation itself."""
@@ -283,6 +298,26 @@ class Metrics:
             inputs.inc(usage.prompt_tokens)
             outputs.inc(usage.completion_tokens)
 
+    def tallies(self) -> dict[str, Tally]:
+        """What each variant (`model:variant`) did so far, in this process alone; no request waits for it."""
+        found: dict[str, Tally] = {}
+        for (model, variant, _), series in self._series.items():
+            name = f"{model}:{variant}"
+            found[name] = found.get(name, NOTHING_YET) + series.tally()
+        for (model, variant, *_), (ended, _) in self._ends.items():
+            name = f"{model}:{variant}"
+            found[name] = found.get(name, NOTHING_YET) + Tally(ended=ended.count)
+        return found
+
+    def requests_in_flight(self) -> int:
+        """Of this process alone."""
+        return int(next(iter(self.in_flight.collect())).samples[0].value)
+
+    @property
+    def shared_directory(self) -> Path | None:
+        """Where the processes of this gateway keep what they share; None for one alone."""
+        return Path(os.environ[MULTIPROC_DIR]) if MULTIPROC_DIR in os.environ else None
+
     def exposition(self) -> bytes:
         """All series in Prometheus' text format; of all processes when there are several. Blocks for milliseconds."""
         if MULTIPROC_DIR not in os.environ:
@@ -321,14 +356,18 @@ def open_metrics(tenants: Sequence[str] = ()) -> Metrics:
 class Series:
     """The children that one (model, variant, band) writes to."""
 
-    ttft: Histogram
+    ttft: QuickHistogram
     queue_wait: Histogram
     upstream_first_byte: Histogram
     overhead: Histogram
     itl: QuickHistogram
     tpot: Histogram
     prompt_tokens: Counter
-    generation_tokens: Counter
+    generation_tokens: ReadableCounter
+
+    def tally(self) -> Tally:
+        ttfts = {bucket: count for bucket, count in enumerate(self.ttft.counts()) if count}
+        return Tally(self.generation_tokens.count, ttfts=ttfts)
 
     @classmethod
     def of(cls, metrics: Metrics, labels: tuple[str, str, Band]) -> Series:
