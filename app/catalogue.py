@@ -332,10 +332,6 @@ def _given_threshold(asked: settings.Cascade) -> Uncertainty:
     )
 
 
-def _manifest(configured: settings.Variant) -> Manifest | None:
-    return Manifest.read_checked(configured.manifest.parent) if configured.manifest else None
-
-
 def _cost(configured: settings.Variant, manifest: Manifest | None) -> float | None:
     card = manifest.card if manifest else None
     return configured.cost or (card.cost.per_million_tokens if card and card.cost else None)
