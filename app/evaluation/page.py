@@ -59,6 +59,7 @@ def page(model: str, rows: Sequence[Row], picture: str) -> str:
     parts = [
         f"# {model}: which variant should I run?",
         "Written by `sluice evaluate` from the cards in the variants' manifests.",
+        *_mixed(rows),
         *_disturbed(rows),
         *_advice(rows),
         f"![Each variant against the dense one, larger is better]({picture})" if len(rows) > 1 else "",
@@ -81,6 +82,20 @@ def page(model: str, rows: Sequence[Row], picture: str) -> str:
         _measured(rows),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _mixed(rows: Sequence[Row]) -> list[str]:
+    """Cards of several runs may stand side by side; quality compares only on the same text and items."""
+    kinds = {(row.card.text_sha256, row.card.seed, _items(row.card)) for row in rows if row.card.quality}
+    return (
+        ["> **These cards are not of the same text, seed and items:** measure all in one run."]
+        if len(kinds) > 1
+        else []
+    )
+
+
+def _items(card: Card) -> int:
+    return sum(task.items for task in card.quality.tasks.values()) if card.quality else 0
 
 
 def _disturbed(rows: Sequence[Row]) -> list[str]:
@@ -264,11 +279,10 @@ def _measured(rows: Sequence[Row]) -> str:
     )
     price = f", at ${card.cost.machine_price_per_hour:g} an hour" if card.cost else ""
     tokens = f"{card.quality.tokens:,} tokens of text" if card.quality else "no text"
-    items = sum(task.items for task in card.quality.tasks.values()) if card.quality else 0
     return (
         f"- Machine: {where}{price}. One worker at a time, the client beside it.\n"
-        f"- Quality: {tokens} (SHA-256 `{card.text_sha256[:12]}`), all logits; {items} items of three tasks through the"
-        f" worker's own API by lm-evaluation-harness; seed {card.seed}.\n"
+        f"- Quality: {tokens} (SHA-256 `{card.text_sha256[:12]}`), all logits; {_items(card)} items of three tasks"
+        f" through the worker's own API by lm-evaluation-harness; seed {card.seed}.\n"
         "- Speed: prompts of about 100 tokens that share no beginning, 64 generated tokens, greedy, streamed. Memory is"
         " the PSS of the worker's processes."
     )

@@ -111,6 +111,12 @@ def test_speed_of_a_machine_that_others_used_is_called_no_comparison() -> None:
     assert "no comparison" not in page("m", [measured_beside(None)], "p.svg")
 
 
+def test_cards_of_different_runs_are_not_passed_off_as_one() -> None:
+    other = Row("w8a8", "w8a8", DENSE.card.model_copy(update={"seed": 2}))
+    assert "not of the same text, seed and items" in page("m", [DENSE, other], "p.svg")
+    assert "not of the same text" not in page("m", [DENSE, DENSE], "p.svg")
+
+
 def test_what_was_slower_is_in_words() -> None:
     text = page("smollm2", ROWS, "variants.svg")
     assert "- `w8a8`: tokens/s 0.50×, tokens per $ 0.50×" in text
