@@ -72,7 +72,7 @@ dashboards: install  ## Write deploy/grafana/dashboards again from their code
 
 locks: install  ## Write the locks again from pyproject.toml and deploy/locks/*.in
 	$(COMPILE) --generate-hashes pyproject.toml --extra up --group dev -o $(LOCK)
-	$(COMPILE) --generate-hashes pyproject.toml --constraints $(LOCK) -o deploy/locks/image.txt
+	$(COMPILE) --generate-hashes pyproject.toml --extra traces --constraints $(LOCK) -o deploy/locks/image.txt
 	$(COMPILE) --generate-hashes deploy/locks/build.in -o deploy/locks/build.txt
 	for name in worker-cpu recipes harness; do \
 	  $(COMPILE) $(TORCH) --override deploy/locks/overrides.txt deploy/locks/$$name.in -o deploy/locks/$$name.txt || exit 1; \
