@@ -56,12 +56,12 @@ def _note(row: Row) -> str:
 
 def page(model: str, rows: Sequence[Row], picture: str) -> str:
     """Markdown. `rows` begin with the dense sibling; `picture` is the SVG's name beside the page."""
+    # Where the figures compare nothing there is no advice to give.
+    doubts = [*_mixed(rows), *_disturbed(rows)]
     parts = [
         f"# {model}: which variant should I run?",
         "Written by `sluice evaluate` from the cards in the variants' manifests.",
-        *_mixed(rows),
-        *_disturbed(rows),
-        *_advice(rows),
+        *(doubts or _advice(rows)),
         f"![Each variant against the dense one, larger is better]({picture})" if len(rows) > 1 else "",
         "## Cost and performance",
         _table(
@@ -86,12 +86,12 @@ def page(model: str, rows: Sequence[Row], picture: str) -> str:
 
 def _mixed(rows: Sequence[Row]) -> list[str]:
     """Cards of several runs may stand side by side; quality compares only on the same text and items."""
-    kinds = {(row.card.text_sha256, row.card.seed, _items(row.card)) for row in rows if row.card.quality}
-    return (
-        ["> **These cards are not of the same text, seed and items:** measure all in one run."]
-        if len(kinds) > 1
-        else []
-    )
+    measured = [row.card for row in rows if row.card.quality]
+    kinds = {(card.text_sha256, card.seed) for card in measured}
+    counts = {_items(card) for card in measured} - {0}  # none where no worker could answer
+    if len(kinds) <= 1 and len(counts) <= 1:
+        return []
+    return ["> **These cards are not of the same text, seed and items:** measure all in one run."]
 
 
 def _items(card: Card) -> int:
@@ -281,8 +281,8 @@ def _measured(rows: Sequence[Row]) -> str:
     tokens = f"{card.quality.tokens:,} tokens of text" if card.quality else "no text"
     return (
         f"- Machine: {where}{price}. One worker at a time, the client beside it.\n"
-        f"- Quality: {tokens} (SHA-256 `{card.text_sha256[:12]}`), all logits; {_items(card)} items of three tasks through the"
-        f" worker's own API by lm-evaluation-harness; seed {card.seed}.\n"
+        f"- Quality: {tokens} (SHA-256 `{card.text_sha256[:12]}`), all logits; {_items(card)} items of three tasks"
+        f" through the worker's own API by lm-evaluation-harness; seed {card.seed}.\n"
         "- Speed: prompts of about 100 tokens that share no beginning, 64 generated tokens, greedy, streamed. Memory is"
         " the PSS of the worker's processes."
     )
