@@ -78,9 +78,9 @@ class Gateway:
         waited_s, last = 0.0, len(choice.steps) - 1
         for at, step in enumerate(choice.steps):
             ranking = self._router.rank_pools([self._registry.pool(rung) for rung in step.rungs], request)
-            candidates = self._relay.screen(request, ranking.worker_ids)
             until = request.arrived + step.wait_s
             try:
+                candidates = self._relay.screen(request, ranking.worker_ids)
                 lease = await self._admission.admit(Ticket.of(request, candidates, deadline=until, waited_s=waited_s))
             except UNDER_PRESSURE:
                 if at == last:
@@ -113,7 +113,8 @@ class Gateway:
         answer.close()
         account.set_aside()
         try:
-            larger = self._router.rank(self._registry.pool((cascade.large,)), request).worker_ids
+            ranking = self._router.rank(self._registry.pool((cascade.large,)), request)
+            larger = self._relay.screen(request, ranking.worker_ids)
             await lease.move(larger)
             better = await self._relay.open(request, lease, larger, account)
         except GatewayError:

@@ -22,6 +22,8 @@ INT8_MIXTURE = Serving(
 NEEDS_AVX512 = Serving(reason="CPUs without AVX-512 lack the kernel: \"'_OpNamespace' '_C' object has no attribute "
                        "'cpu_gemm_wna16'\" on the first request")  # fmt: skip
 SLOW_FP8 = Serving(reason="CPUs without FP8 widen every weight: a tenth of the dense speed or less")
+UNTRIED_CACHE = Serving(reason=f"{SLOW_FP8.reason}; the cache in FP8 was not tried on a CPU")
+UNTRIED_BITS = Serving(reason=f"{NEEDS_AVX512.reason}; INT4 beside INT8 was not tried with an engine")
 SERVED_AS_DENSE = Serving(reason="for quality study only: no engine has a sparse format, the zeros are served as dense")
 
 IGNORE = Parameter("ignore", ["lm_head"], "layers that stay as they are, names or re:EXPRESSION")
@@ -212,7 +214,7 @@ RECIPES = (
         quantization="fp8-kv",
         fits=GATED_MLPS,
         calibrates=True,
-        serving=SLOW_FP8,
+        serving=UNTRIED_CACHE,
         parameters=(_samples(32), TOKENS, IGNORE),
     ),
     Recipe(
@@ -225,7 +227,7 @@ RECIPES = (
         quantization="mixed-w4a16-w8a8",
         fits=GATED_MLPS,
         calibrates=True,
-        serving=NEEDS_AVX512,
+        serving=UNTRIED_BITS,
         parameters=(
             Parameter("sensitive", 0.25, "share of the blocks that get 8 bits"),
             Parameter("group", 0, "weights that share a 4-bit scale; 0 for 128, or less where that does not divide"),

@@ -127,8 +127,8 @@ class Choice(msgspec.Struct, frozen=True):
         return self.steps[0].rungs[0]
 
     def reason_for(self, variant: Variant) -> Reason:
-        """Why `variant` serves, one of those that the steps name."""
-        if variant in self.meant:
+        """Why `variant` serves. By its name: a reload may have made it anew since."""
+        if any(meant.name == variant.name for meant in self.meant):
             return self.reason
         return Reason.UNSURE if self.cascade is not None else Reason.PRESSURE
 

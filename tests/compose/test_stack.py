@@ -36,7 +36,7 @@ BUILD_S, START_S, RECOVER_S = 1800.0, 1500, 1200.0
 SERVERS = ("valkey", "valkey-exporter", "worker", "gateway", "prometheus", "grafana")
 URL, ADMIN_URL, PROMETHEUS_URL = "http://127.0.0.1:8000", "http://127.0.0.1:8001", "http://127.0.0.1:9090"
 TARGETS = {"worker-cpu": "worker", "recipes": "recipes", "gateway": "gateway"}
-TOKENS = 96
+TOKENS = 256
 """Of a stream that is stopped: seconds of work, and less than the time to drain."""
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]
 

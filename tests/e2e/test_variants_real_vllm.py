@@ -73,7 +73,7 @@ async def test_policies_move_traffic(gateway: GatewayProcess) -> None:
 
 
 async def test_pressure_moves_who_consents(gateway: GatewayProcess, workers: dict[str, RealWorker]) -> None:
-    long = asyncio.create_task(ask(gateway, max_tokens=400, ignore_eos=True))
+    long = asyncio.create_task(ask(gateway, max_tokens=250, ignore_eos=True))
 
     async def is_busy() -> bool:
         return (await gateway.scrape()).sum("sluice_slots_held", worker=f"127.0.0.1:{workers['dense'].port}") == 1

@@ -128,6 +128,8 @@ def test_consent_opens_the_ladder_step_by_step() -> None:
     assert names(choice) == [["dense"], ["dense", "w8a8"], ["dense", "w8a8", "depth26"]]
     assert [step.wait_s for step in choice.steps] == [2, 2, inf]
     assert [choice.reason_for(one) for one in MEASURED] == ["quality", "pressure", "pressure"]
+    assert names(chosen(offer(*MEASURED), CONSENTS, policy=Policy.QUALITY, degrade=False)) == [["dense"]]
+    assert names(chosen(offer(*MEASURED), STRICT, policy=Policy.QUALITY, degrade=True)) == [["dense"]]
     pressed = chosen(offer(*MEASURED), CONSENTS, Now(open=1), policy=Policy.QUALITY)
     assert names(pressed) == [["dense", "w8a8"], ["dense", "w8a8", "depth26"]]
 
