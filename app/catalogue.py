@@ -371,6 +371,10 @@ def _variant(
     )
 
 
+def _manifest(configured: settings.Variant) -> Manifest | None:
+    return Manifest.read_checked(configured.manifest.parent) if configured.manifest else None
+
+
 def _worker(public_name: str, configured: settings.Worker, contexts: TlsContexts) -> WorkerAddress:
     authority, is_tls = configured.authority, configured.url.startswith("https://")
     default_port = "443" if is_tls else "80"
