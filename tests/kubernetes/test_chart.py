@@ -106,7 +106,10 @@ def test_workers_leave_in_the_order_that_loses_nothing(helm: Helm) -> None:
         assert pod["terminationGracePeriodSeconds"] > noticed + int(finish)
 
 
-def test_each_variant_has_workers_that_the_gateway_finds(helm: Helm, tmp_path: Path) -> None:
+def test_each_variant_has_workers_that_the_gateway_finds(
+    helm: Helm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_REDIS__URL", "rediss://somewhere:6380/0")  # as the pod has it, from the Secret
     objects = helm.template(EXAMPLES / "gpu.yaml")
     settings = gateway_settings(objects, tmp_path)
     services = {found["metadata"]["name"]: found for found in of_kind(objects, "Service")}
