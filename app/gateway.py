@@ -56,7 +56,7 @@ class Gateway:
         lease: Lease | None = None
         try:
             choice = self._chooser.choose(request)
-            lease, candidates, blocks = await self._admit(request, choice)
+            lease, candidates, blocks = await self._admit(request, choice, account)
             if choice.cascade is None:
                 answer = await self._relay.open(request, lease, candidates, account)
                 variant = self._registry[lease.worker_id].variant
@@ -70,7 +70,9 @@ class Gateway:
             answer = self._shadows.follow(answer, request, choice.model, variant, account)
         return Reply(answer, lease, variant, choice, account, self._note, blocks)
 
-    async def _admit(self, request: InferenceRequest, choice: Choice) -> tuple[Lease, tuple[str, ...], Blocks]:
+    async def _admit(
+        self, request: InferenceRequest, choice: Choice, account: Account
+    ) -> tuple[Lease, tuple[str, ...], Blocks]:
         """A slot, the workers to go on with if that is lost, and what the prompt begins with.
 
         Where there is another step to take, one that would take too long is left for the next.
@@ -79,6 +81,7 @@ class Gateway:
         for at, step in enumerate(choice.steps):
             ranking = self._router.rank_pools([self._registry.pool(rung) for rung in step.rungs], request)
             until = request.arrived + step.wait_s
+            account.queued()
             try:
                 candidates = self._relay.screen(request, ranking.worker_ids)
                 lease = await self._admission.admit(Ticket.of(request, candidates, deadline=until, waited_s=waited_s))
@@ -125,6 +128,10 @@ class Gateway:
             return answer, cascade.small
         account.variant_reason = self._chooser.served(choice, cascade.large)
         return better, cascade.large
+
+    def refused(self, request: InferenceRequest, error: GatewayError) -> None:
+        """`request` was refused with `error` before it could be served: it is counted as all others are."""
+        self._accounts.open(request).close(error)
 
     def _note(self, lease: Lease, blocks: Blocks) -> None:
         """Let the router know what is in the cache of the lease's worker; a lease lost on the way has no worker."""

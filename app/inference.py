@@ -136,6 +136,7 @@ class InferenceRequest:
     `cache_salt` is the tenant's, or one within it where the client sent a salt of its own (see `narrowed_salt`).
     `id` is the gateway's own, never used before; `client_id` what the client calls the request, for logs only.
     `preference` is what it asks of the choice among variants, `user` whom the client serves with it, if it says so.
+    `trace_headers` say of which trace the client sent it, `batch_id` of which batch it is a line.
     `on_wait` is told, now and then, how long the queue is while it waits; it is set for a client that
     `wants_queue_events`.
     """
@@ -159,6 +160,7 @@ class InferenceRequest:
     client_id: str = ""
     preference: Preference = NO_PREFERENCE
     user: str = ""
+    batch_id: str = ""
     wants_queue_events: bool = False
     on_wait: QueueListener | None = None
 
@@ -207,6 +209,22 @@ class InferenceRequest:
             cache_salt=_cache_salt(values, tenant),
             preference=preference,
             user=values.get("user") or "",
+        )
+
+    @classmethod
+    def unread(cls, *, request_id: str, route: Route, arrived: float, tenant: Tenant) -> InferenceRequest:
+        """Stands for a request that could not be read: it asks for nothing, and has an end like any other."""
+        return cls(
+            id=request_id,
+            route=route,
+            model="",
+            stream=False,
+            band=Band.DEFAULT,
+            fields={},
+            prompt_bytes=0,
+            client_wants_usage=False,
+            arrived=arrived,
+            tenant=tenant,
         )
 
     @property

@@ -38,6 +38,7 @@ from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_audit, open_log
 from app.telemetry.metrics import Metrics, open_metrics
 from app.telemetry.refusals import Refusals
+from app.telemetry.tracing import exported, open_tracing
 from app.tenancy.authentication import Identification, KeyIdentification, OpenDoor
 from app.tenancy.directory import Directory
 from app.tenancy.failures import Failures
@@ -102,7 +103,8 @@ async def open_runtime(
     router = Router(settings.routing)
     registry.listen(router.changed)
     relay = Relay(registry, settings.relay, metrics, clock)
-    accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
+    tracing = open_tracing(settings.tracing)
+    accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock, tracing)
     chooser = Chooser(catalogue, registry, accounts.paces, metrics, clock, time.time)
     shadows = Shadows(lambda: len(admission.roster.waiting), metrics, clock)
     gateway = Gateway(chooser, registry, router, admission, relay, accounts, shadows, clock)
@@ -156,6 +158,7 @@ async def open_runtime(
     )
     try:
         async with (
+            exported(tracing),
             directory.running(),
             admission.running(),
             reload.running(),

@@ -592,6 +592,37 @@ class Logs(Part):
     requests: Literal["all", "failed", "none"] = "failed"
 
 
+class Tracing(Part):
+    """Spans to an OpenTelemetry collector, by OTLP over HTTP; left out, there are none.
+
+    What is left out here is as OpenTelemetry's own environment variables say: `OTEL_EXPORTER_OTLP_…`,
+    `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER_ARG`; `OTEL_SDK_DISABLED` goes before all.
+    """
+
+    endpoint: str | None = Field(None, description="http://HOST:4318/v1/traces; default: on localhost")
+    sample_ratio: float | None = Field(None, ge=0, le=1, description="share of requests that are traced; default: all")
+    headers_file: Path | None = Field(None, description="lines `name: value` that the collector asks for")
+    service_name: str | None = Field(None, min_length=1, max_length=255, description="default: sluice")
+    trust_clients: bool = Field(
+        False,
+        description="continue the traces of clients, and let them say what is recorded, instead of linking to them",
+    )
+    queue_spans: int = Field(8192, ge=512, le=1_000_000, description="not exported yet; beyond it the oldest are lost")
+    export_interval_s: float = Field(2, gt=0, le=60)
+    export_timeout_s: float | None = Field(
+        None, gt=0, le=60, description="of an export, tried again or not; default: 10"
+    )
+    flush_timeout_s: float = Field(3, ge=0, le=60, description="at the end, for what is still queued")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_http(cls, endpoint: str | None) -> str | None:
+        parts = urlsplit(endpoint or "http://localhost")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise ValueError("an endpoint is http://HOST:PORT/PATH or https://HOST:PORT/PATH")
+        return endpoint
+
+
 class Settings(BaseSettings):
     """The whole configuration of one gateway."""
 
@@ -619,6 +650,7 @@ class Settings(BaseSettings):
     batches: Batches = Batches()
     reload: Reload = Reload()
     logs: Logs = Logs()
+    tracing: Tracing | None = None
     drain_notice_s: float = Field(
         5, ge=0, le=600, description="after SIGTERM: unready, but still accepting, until load balancers have noticed"
     )

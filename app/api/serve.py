@@ -21,6 +21,7 @@ from app.credentials import TlsContexts, server_secret
 from app.errors import LaunchError
 from app.reload import Source
 from app.settings import Settings
+from app.telemetry.tracing import check_tracing
 from app.tenancy.stores import require_keys
 from app.workers.discovery import Found, expanded, files_in, read_workers
 
@@ -35,6 +36,7 @@ def check(settings: Settings) -> None:
     for path in files_in(settings.models):
         read_workers(path, settings.reload.workers_per_name)
     server_secret(settings.auth)
+    check_tracing(settings.tracing)
     if settings.redis is not None and settings.redis.tls is not None:
         TlsContexts().of(settings.redis.tls)
 

@@ -136,6 +136,7 @@ class Relay:
                 return await self._attempt(request, worker, account, suspect)
             except AttemptFailed as error:
                 failure = error
+            account.attempt_failed(failure.fault)
             await self._note(worker, failure)
             self._blame.refuse_quarantined(suspect)
             if not failure.fault.is_free:
@@ -143,6 +144,7 @@ class Relay:
                     raise self._last_word(failure, candidates, worker)
                 retried = True
             self._metrics.retries.labels(failure.fault).inc()
+            account.redispatched(failure.fault)
             await slot.move(self._elsewhere(candidates, worker, failure.fault))
             await self._rest(self._registry[slot.worker_id])
         raise failure.error
@@ -165,8 +167,8 @@ class Relay:
         sent = self._clock()
         attempt = Attempt(worker, self._upstreams[worker.id], blamed, self._blame.left, sent)
         try:
-            account.dispatched(sent)
-            begun = await attempt.begin(request)
+            account.dispatched(sent, worker.id)
+            begun = await attempt.begin(request, account.trace_headers)
             now = self._clock()
             account.first_byte(now)
             self._registry.took(worker, now - sent)

@@ -14,6 +14,19 @@ from app.inference import Band, InferenceRequest, Outcome, Spent, TokenUsage
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics, Series
 from app.telemetry.refusals import Kind, Refusals
+from app.telemetry.trace_context import Header, trace_id_of
+from app.telemetry.tracing import (
+    BROKEN,
+    CASCADE,
+    QUEUE,
+    RECEIVE,
+    REDISPATCH,
+    RESUME,
+    ROUTE,
+    Ended,
+    RequestTrace,
+    Tracing,
+)
 
 Clock = Callable[[], float]
 
@@ -97,6 +110,8 @@ class Account:
 
     The outcome is decided by what it is closed with, the exception that passed through, or by `fail` for an answer that
     broke after its first byte, where no exception can reach the client any more.
+
+    `trace_headers` go with the next attempt. Without a trace they are the client's own, and nothing else is noted.
     """
 
     __slots__ = (
@@ -110,8 +125,11 @@ class Account:
         "_request",
         "_series",
         "_token_times",
+        "_trace",
+        "_tracing",
         "_ttfts",
         "timeline",
+        "trace_headers",
         "usage",
         "variant",
         "variant_reason",
@@ -126,9 +144,11 @@ class Account:
         ttfts: Ttfts,
         paces: Ttfts,
         refusals: Refusals,
+        tracing: Tracing | None,
     ) -> None:
         self._request = request
         self._refusals = refusals
+        self.trace_headers: tuple[Header, ...] = request.trace_headers
         self._ttfts = ttfts
         self._paces = paces
         self._metrics = metrics
@@ -143,9 +163,24 @@ class Account:
         self._token_times = self.timeline.token_times
         self.usage: TokenUsage | None = None
         metrics.in_flight.inc()
+        self._tracing = tracing
+        self._trace: RequestTrace | None = None
+        if tracing is not None:
+            self._begin(tracing)
 
     def __enter__(self) -> Self:
         return self
+
+    def _begin(self, tracing: Tracing) -> None:
+        self._trace, self.trace_headers = tracing.begin(self._request)
+        if self._trace is not None:
+            self._trace.enter(RECEIVE, self._request.arrived)
+            self._trace.enter(ROUTE, self._clock())
+
+    def queued(self) -> None:
+        """It is known who may serve it; it waits for one of them from now on."""
+        if self._trace is not None:
+            self._trace.enter(QUEUE, self._clock())
 
     def admitted(self, variant: str, waited_s: float) -> None:
         """A slot was granted, on a worker of `variant`. Said again after a move to a worker of another variant.
@@ -159,13 +194,42 @@ class Account:
         self.timeline.waited_s = waited_s
         self._series = self._metrics.series(self._request.resolved_model, variant, self._request.band)
 
-    def dispatched(self, now: float) -> None:
+    def dispatched(self, now: float, worker_id: str) -> None:
+        if self._trace is not None:
+            self.trace_headers = self._trace.attempt(now, worker_id, self.variant)
         if self.timeline.first_byte is None:
             self.timeline.dispatched = now
 
     def first_byte(self, now: float) -> None:
+        if self._trace is not None:
+            self._trace.first_byte(now, is_stream=self._request.stream)
         if self.timeline.first_byte is None:
             self.timeline.first_byte = now
+
+    def attempt_failed(self, fault: str) -> None:
+        """The attempt came to nothing."""
+        if self._trace is not None:
+            self._trace.fail(fault)
+
+    def redispatched(self, fault: str) -> None:
+        """There will be another attempt."""
+        if self._trace is not None:
+            now = self._clock()
+            self._trace.note(REDISPATCH, now, fault=fault)
+            self._trace.enter(QUEUE, now)
+
+    def resuming(self, error: GatewayError) -> None:
+        """The stream broke, and another worker is asked to go on."""
+        if self._trace is not None:
+            now = self._clock()
+            self._trace.fail(error.code)
+            self._trace.note(BROKEN, now, code=error.code)
+            self._trace.enter(QUEUE, now)
+
+    def resumed(self, result: str) -> None:
+        """It is known what came of a stream that broke."""
+        if self._trace is not None:
+            self._trace.note(RESUME, self._clock(), result=result)
 
     def token(self, now: float) -> None:
         """A token chunk came. Gaps are observed in bulk: counting each where it falls costs as much as relaying it."""
@@ -197,6 +261,10 @@ class Account:
         self._series, self.usage, self._broken = None, None, None
         self.timeline = Timeline(self.timeline.arrived, self.timeline.waited_s)
         self._token_times = self.timeline.token_times
+        if self._trace is not None:
+            now = self._clock()
+            self._trace.note(CASCADE, now)
+            self._trace.enter(QUEUE, now)
 
     def take_back(self) -> None:
         """The client gets what was set aside after all."""
@@ -252,6 +320,10 @@ class Account:
             self._refusals.note(Kind(outcome, code, model, self._request.tenant.name, band), ended)
         if self._log.wants(outcome):
             self._log.write(self._request, self, outcome, code, ended)
+        if self._trace is not None and self._tracing is not None:
+            end = Ended(ended, self._request, self.timeline, self.variant, self.usage, outcome, code, cause)
+            self._trace.end(ended, end.failure)
+            self._tracing.export.send(self._trace, end)
 
     def _observe_aside(self, aside: Aside, used: TokenUsage) -> TokenUsage:
         """Count the tokens of what was set aside where they were generated; all that was used."""
@@ -314,7 +386,7 @@ def outcome_of(cause: BaseException | None) -> Outcome:
             return Outcome.COMPLETED
         case QueueTimeout():
             return Outcome.EXPIRED
-        case InvalidRequest() | Unavailable():
+        case InvalidRequest() | Unavailable() | GatewayError(status=429):
             return Outcome.REJECTED
         case asyncio.CancelledError(args=(code,)):
             return {CLIENT_STALLED: Outcome.CLIENT_STALLED, Draining.code: Outcome.FAILED}.get(code, Outcome.CANCELLED)
@@ -353,6 +425,7 @@ class RequestsLog:
             "request",
             request_id=request.id,
             client_request_id=request.client_id,
+            trace_id=trace_id_of(account.trace_headers),
             route=request.route.value,
             model=request.resolved_model,
             variant=account.variant,
@@ -373,14 +446,19 @@ class RequestsLog:
 class Accounts:
     """Opens the account of each request."""
 
-    def __init__(self, metrics: Metrics, requests_log: RequestsLog, clock: Clock) -> None:
+    def __init__(
+        self, metrics: Metrics, requests_log: RequestsLog, clock: Clock, tracing: Tracing | None = None
+    ) -> None:
         self._metrics = metrics
         self._log = requests_log
         self._clock = clock
+        self._tracing = tracing
         self.ttfts = Ttfts()
         self.paces = Ttfts()
         """From dispatch to the first token, by variant."""
         self.refusals = Refusals()
 
     def open(self, request: InferenceRequest) -> Account:
-        return Account(request, self._metrics, self._log, self._clock, self.ttfts, self.paces, self.refusals)
+        return Account(
+            request, self._metrics, self._log, self._clock, self.ttfts, self.paces, self.refusals, self._tracing
+        )

@@ -65,6 +65,7 @@ def started_worker(
     core: int | None = None,
     dtype: str | None = None,
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+    extra: tuple[str, ...] = (),
 ) -> Iterator[RealWorker]:
     """Start a variant, on one core if it is named, and end it at last. Raises MissingEnvironment."""
     home, machine = Home.at(None, os.environ), inspect_machine()
@@ -76,7 +77,7 @@ def started_worker(
         port=free_port(),
         max_num_seqs=max_num_seqs,
         cores=() if core is None else (core,),
-        extra=() if dtype is None else ("--dtype", dtype),
+        extra=extra if dtype is None else ("--dtype", dtype, *extra),
     )
     environment = worker_environment(python, options, Engine.CPU, machine, os.environ)
     with Process(worker_arguments(python, options, Engine.CPU, machine), environment) as process:
