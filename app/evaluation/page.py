@@ -56,12 +56,12 @@ def _note(row: Row) -> str:
 
 def page(model: str, rows: Sequence[Row], picture: str) -> str:
     """Markdown. `rows` begin with the dense sibling; `picture` is the SVG's name beside the page."""
+    # Where the figures compare nothing there is no advice to give.
+    doubts = [*_mixed(rows), *_disturbed(rows)]
     parts = [
         f"# {model}: which variant should I run?",
         "Written by `sluice evaluate` from the cards in the variants' manifests.",
-        *_mixed(rows),
-        *_disturbed(rows),
-        *_advice(rows),
+        *(doubts or _advice(rows)),
         f"![Each variant against the dense one, larger is better]({picture})" if len(rows) > 1 else "",
         "## Cost and performance",
         _table(
@@ -86,12 +86,12 @@ def page(model: str, rows: Sequence[Row], picture: str) -> str:
 
 def _mixed(rows: Sequence[Row]) -> list[str]:
     """Cards of several runs may stand side by side; quality compares only on the same text and items."""
-    kinds = {(row.card.text_sha256, row.card.seed, _items(row.card)) for row in rows if row.card.quality}
-    return (
-        ["> **These cards are not of the same text, seed and items:** measure all in one run."]
-        if len(kinds) > 1
-        else []
-    )
+    measured = [row.card for row in rows if row.card.quality]
+    kinds = {(card.text_sha256, card.seed) for card in measured}
+    counts = {_items(card) for card in measured} - {0}  # none where no worker could answer
+    if len(kinds) <= 1 and len(counts) <= 1:
+        return []
+    return ["> **These cards are not of the same text, seed and items:** measure all in one run."]
 
 
 def _items(card: Card) -> int:

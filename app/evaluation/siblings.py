@@ -72,6 +72,7 @@ def require_true(sibling: Sibling, dense: Sibling) -> None:
     path = sibling.directory / MANIFEST_FILE
     if sibling.manifest.model != dense.manifest.model:
         raise ConfigurationError(f"{path}: of the model {sibling.manifest.model!r}, not of {dense.manifest.model!r}")
+    sibling.manifest.require_weights(sibling.directory)
     actual = read_facts(sibling.directory).weights_bytes
     if actual != sibling.manifest.weights_bytes:
         raise ConfigurationError(
