@@ -165,9 +165,9 @@ class Asker(FastHttpUser):
             entry(record.band, "TTFT").log(round(record.ttft_s * 1e3), 0)
         for gap_s in record.gaps_s:
             entry(record.band, "ITL").log(round(gap_s * 1e3), 0)
-        if record.is_served and record.tpot_s:
+        if record.is_served and record.tpot_s is not None:
             entry(record.band, "TPOT").log(round(record.tpot_s * 1e3), 0)
-            entry(record.band, "tokens/s").log(round(1 / record.tpot_s), 0)
+            entry(record.band, "tokens/s").log(round(record.tokens / record.took_s), 0)
 
 
 def _bearer(caller: Caller) -> dict[str, str]:

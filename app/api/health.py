@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from app.api.dependencies import RuntimeOf
+from app.runtime import Runtime
 from app.telemetry.metrics import CONTENT_TYPE
 
 probes = APIRouter(tags=["operations"])
@@ -31,9 +32,15 @@ async def ready(runtime: RuntimeOf, request: Request) -> Response:
         }
         for worker in runtime.registry
     }
-    is_ready = runtime.registry.any_ready and not runtime.drain.is_quiet
+    is_ready = _is_ready(runtime)
     status = "draining" if runtime.drain.is_quiet else "ready" if is_ready else "not ready"
     return JSONResponse({"status": status, "workers": workers}, status_code=200 if is_ready else 503)
+
+
+@probes.head("/health", include_in_schema=False)
+@probes.get("/health", summary="vLLM's probe, which its clients ask before they start: 200 when ready, nothing more")
+async def health(runtime: RuntimeOf) -> Response:
+    return Response(status_code=200 if _is_ready(runtime) else 503)
 
 
 @routes.get("/metrics", summary="All series, in Prometheus' text format", response_class=Response)
@@ -41,3 +48,7 @@ async def metrics(runtime: RuntimeOf) -> Response:
     runtime.gauges.write()
     # Reading several processes' files takes milliseconds, which streams should not notice.
     return Response(await asyncio.to_thread(runtime.metrics.exposition), media_type=CONTENT_TYPE)
+
+
+def _is_ready(runtime: Runtime) -> bool:
+    return runtime.registry.any_ready and not runtime.drain.is_quiet
