@@ -22,10 +22,12 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1b1c1e; background: #fff; 
 h1 { font-size: 1.35rem; margin-bottom: .2rem; } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
 p { color: #55595f; margin: 0 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid #e3e5e8; font-weight: normal; }
+th, td { padding: .28rem .5rem; text-align: right; border-bottom: 1px solid #e3e5e8; font-weight: normal; }
 th { color: #55595f; } th:first-child, td:first-child { text-align: left; }
 .missed { color: #b3261e; font-weight: 600; } .met { color: #1a6b3c; }
-svg { max-width: 100%; height: auto; } .row { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+td { white-space: nowrap; } .numbers { font-size: .87em; }
+svg { max-width: 100%; height: auto; display: block; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 1rem; align-items: start; }
 """
 
 
@@ -37,7 +39,9 @@ def page(title: str, records: Sequence[Record], judged: Sequence[Goal]) -> str:
         f"<p>{escape(summary(interactive))}</p>",
         _goals(judged),
         "<h2>By band</h2>",
-        _table(_HEADER, [_row(band, figures(found)) for band, found in by_band(records).items()]),
+        '<div class="numbers">'
+        + _table(_HEADER, [_row(band, figures(found)) for band, found in by_band(records).items()])
+        + "</div>",
         *_ends(figures(records)),
         *_pictures(interactive),
     ]
@@ -109,7 +113,7 @@ def _pictures(records: Sequence[Record]) -> Iterable[str]:
     start_s = min(record.at_s for record in records)
     bucket_s = max(0.001, span_s(records) / BUCKETS)
     bands = list(by_band(records))
-    yield "<h2>When</h2>"
+    yield '<h2>When</h2><div class="row">'
     points = list(_points(records, start_s))
     if points and max(point.at_s for point in points) > 0:
         yield panels("Time to first token, by arrival", [Panel("", points)], bands)
@@ -118,11 +122,11 @@ def _pictures(records: Sequence[Record]) -> Iterable[str]:
         name: _rate([r.at_s - start_s for r in records if getattr(r, kind)], bucket_s)
         for name, kind in outcomes.items()
     }
-    yield '<div class="row">'
+    yield "<div>"
     yield chart("Tokens per second", {"tokens/s": _rate(_tokens_at(records, start_s), bucket_s)}, bucket_s)
     yield chart("Requests per second, by arrival", asked, bucket_s)
     yield chart("Requests in flight", {"in flight": in_flight(records, start_s, bucket_s)}, bucket_s)
-    yield "</div>"
+    yield "</div></div>"
 
 
 def _points(records: Iterable[Record], start_s: float) -> Iterable[Point]:
