@@ -7,6 +7,7 @@ LOCK   := deploy/locks/gateway.txt
 UV     := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' $(LOCK))
 ARGS   ?=
 EXAMPLES ?= 20000
+VARIANTS ?= dense,w8a8,w4a16,depth26,depth26-healed,depth26+w8a8,moe4,moe4-top1,moe4-keep2
 
 # TORCH tells where the CPU build of torch is: PyTorch's own index, or --find-links DIRECTORY.
 TORCH   ?= --torch-backend cpu
@@ -19,13 +20,16 @@ PYTEST := $(BIN)/python -m pytest -q
 TESTED := --prepare-only --variants dense,w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help up install check lint test bench fuzz dashboards locks
+.PHONY: help up variants install check lint test compose-test bench fuzz cards dashboards locks
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 up: install  ## Serve a quantized model on 127.0.0.1:8000 (installs and makes what is missing)
 	@exec $(BIN)/python -m app up $(ARGS)
+
+variants: install  ## Make the variants of the default model that a CPU serves (some minutes of two cores)
+	$(BIN)/python -m app up --prepare-only --variants $(VARIANTS)
 
 install: $(VENV)/.installed  ## Make the gateway's environment in .venv
 
@@ -38,7 +42,7 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 	@touch $@
 
 check: lint  ## Everything that needs no real worker: linters, types, imports, tests (under 2 minutes)
-	$(PYTEST) -n 3 -m "not vllm and not slow"
+	$(PYTEST) -n 3 -m "not vllm and not slow and not compose"
 
 lint: install
 	$(BIN)/ruff check
@@ -48,8 +52,11 @@ lint: install
 
 test: lint  ## Everything, also with real vLLM workers (prepares their environment and the default model first)
 	$(BIN)/python -m app up $(TESTED)
-	$(PYTEST) -n 3 -m "not vllm"
+	$(PYTEST) -n 3 -m "not vllm and not compose"
 	$(PYTEST) -m vllm
+
+compose-test: install  ## Build the images and try docker-compose.yml on an engine of its own (root, a quarter of an hour)
+	$(PYTEST) -m compose tests/compose
 
 fuzz: install  ## Throw much more at the gateway than the tests do (half an hour; EXAMPLES=… for more or less)
 	SLUICE_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/hostile/test_fuzz.py tests/hostile/test_openapi_fuzz.py --timeout 0
@@ -57,11 +64,16 @@ fuzz: install  ## Throw much more at the gateway than the tests do (half an hour
 bench: install  ## Measure what the gateway costs
 	$(BIN)/python -m loadtest bench $(ARGS)
 
+cards: install  ## Measure every variant of smollm2 again and write deploy/variants.md (on a quiet machine; minutes each)
+	$(BIN)/python -m app evaluate smollm2 --output deploy $(ARGS)
+
 dashboards: install  ## Write deploy/grafana/dashboards again from their code
 	$(BIN)/python deploy/grafana/build.py
 
 locks: install  ## Write the locks again from pyproject.toml and deploy/locks/*.in
 	$(COMPILE) --generate-hashes pyproject.toml --extra up --group dev -o $(LOCK)
-	for name in worker-cpu recipes; do \
+	$(COMPILE) --generate-hashes pyproject.toml --constraints $(LOCK) -o deploy/locks/image.txt
+	$(COMPILE) --generate-hashes deploy/locks/build.in -o deploy/locks/build.txt
+	for name in worker-cpu recipes harness; do \
 	  $(COMPILE) $(TORCH) --override deploy/locks/overrides.txt deploy/locks/$$name.in -o deploy/locks/$$name.txt || exit 1; \
 	done

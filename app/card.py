@@ -102,6 +102,9 @@ class MeasuredOn(CardPart):
     engine_version: str
     peak_bytes_per_s: float | None = Field(None, gt=0)
     peak_flops: float | None = Field(None, gt=0, description="float32, per second")
+    taken_by_others: float | None = Field(
+        None, ge=0, le=1, description="share of the cores' time that other processes took while speed was measured"
+    )
 
 
 class UncertaintyStep(CardPart):
@@ -146,19 +149,24 @@ class Verdict(CardPart):
         return "passed" if self.passed else "; ".join(map(str, self.failed))
 
 
-class Card(CardPart):
-    """Cost, accuracy and performance of one variant. What could not be measured is None, with `reason` saying why."""
+class PublicCard(CardPart):
+    """Cost, accuracy and performance of one variant, as anybody may see them. What could not be measured is None."""
 
     quality: Quality | None = None
-    uncertainty: tuple[Uncertainty, ...] = Field((), description="one per measure; empty for the dense sibling")
     speed: tuple[Speed, ...] = Field((), description="by rising number of streams")
     memory_bytes: int | None = Field(None, ge=0, description="of the worker's processes: PSS, so nothing counts twice")
     size_bytes: int = Field(ge=0, description="of the weights on disk")
     cost: Cost | None = None
     activated_parameters: int = Field(ge=0, description="that a token passes; all of them unless experts are chosen")
     sparse_use: SparseUse | None = None
-    machine: MeasuredOn | None = None
     gate: Verdict | None = Field(None, description="by the thresholds of the measurement; the gateway judges anew")
+
+
+class Card(PublicCard):
+    """All of a card, as it stands in the manifest. `reason` may quote the engine, and with it names of this machine."""
+
+    uncertainty: tuple[Uncertainty, ...] = Field((), description="one per measure; empty for the dense sibling")
+    machine: MeasuredOn | None = None
     seed: int
     text_sha256: str
     reason: str | None = Field(None, description="why parts are missing, such as the engine's refusal to load it")
@@ -166,6 +174,10 @@ class Card(CardPart):
     @property
     def relative_quality(self) -> float | None:
         return self.quality.relative.value if self.quality else None
+
+    @property
+    def public(self) -> PublicCard:
+        return PublicCard.model_construct(**{name: getattr(self, name) for name in PublicCard.model_fields})
 
 
 def gate(card: Card | None, thresholds: QualityGate) -> Verdict:

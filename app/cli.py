@@ -19,7 +19,7 @@ from app.errors import ConfigurationError, SluiceError
 if TYPE_CHECKING:
     from app.launcher.home import Home
     from app.launcher.serving import ReadyKeys
-    from app.settings import Settings
+    from app.settings import QualityGate, Settings
     from app.tenancy.keys import Issued
     from app.tenancy.registrar import Registrar
 
@@ -65,7 +65,17 @@ COMPRESS_EXAMPLES = """
 Examples:
   sluice compress --list
   sluice compress smollm2 --recipe w8a8 --output ./smollm2-w8a8
-  sluice compress ORG/MODEL --recipe w8a8 --set 'ignore=["lm_head"]' --output ./model-w8a8
+  sluice compress smollm2 --recipe depth+heal+w8a8 --parameter drop=6 --output ./smollm2-small
+  sluice compress ORG/MODEL --recipe w4a16 --calibration ./texts.jsonl --output ./model-w4a16
+"""
+
+
+EVALUATE_EXAMPLES = """
+\b
+Examples:
+  sluice evaluate smollm2 --output ./cards                 all its variants; the page is ./cards/variants.md
+  sluice evaluate smollm2 --variants w8a8 --only speed     measure speed anew, keep the quality
+  sluice evaluate ./made --report --output ./cards         only the page, from cards that are there
 """
 
 
@@ -162,14 +172,24 @@ def up(home: Path | None, variants: str, workers: tuple[str, ...], engine: str, 
 @click.option("--host", help="Overrides listen.host.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Overrides listen.port.")
 @click.option("--processes", type=click.IntRange(min=1), help="Overrides listen.processes.")
-def gateway(config: Path | None, host: str | None, port: int | None, processes: int | None) -> None:
-    """Run the gateway alone, in front of the workers that its configuration names."""
+@click.option("--check", is_flag=True, help="Say whether the configuration is sound, and end.")
+def gateway(config: Path | None, host: str | None, port: int | None, processes: int | None, check: bool) -> None:
+    """Run the gateway alone, in front of the workers that its configuration names.
+
+    SIGHUP, or a change of the file, has it read again: models, workers and tenants.
+    """
     from app.settings import load_settings
 
     settings = load_settings(config, host=host, port=port, processes=processes)
-    from app.api.server import serve
+    from app.api.serve import check as check_settings
+    from app.api.serve import serve
+    from app.reload import Source
 
-    serve(settings)
+    if check:
+        check_settings(settings)
+        click.echo("the configuration is sound")
+        return
+    serve(settings, Source(config, host, port, processes) if config else None)
 
 
 @main.group(epilog=KEYS_EXAMPLES)
@@ -301,11 +321,23 @@ def duration(text: str) -> timedelta:
 @click.option("--port", type=click.IntRange(1, 65535), required=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--cores", metavar="0,1,…", default="", help="CPU cores to bind to.  [default: vLLM's choice]")
+@click.option("--api-key-file", type=click.Path(path_type=Path),
+              help="Holds the key that requests must show; the gateway's configuration names it as well.")  # fmt: skip
 @engine_options
 @home_option
 @click.argument("vllm_arguments", nargs=-1, type=click.UNPROCESSED)
-def worker(home: Path | None, engine: str, cores: str, vllm_arguments: tuple[str, ...], **given: Any) -> None:
-    """Run one vLLM worker in the foreground; it has no access control, so keep it on a private network."""
+def worker(
+    home: Path | None,
+    engine: str,
+    cores: str,
+    api_key_file: Path | None,
+    vllm_arguments: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Run one vLLM worker in the foreground. Its metrics and probes are open to all who reach it, and without
+    --api-key-file so is the model: keep it on a private network."""
+    from app.credentials import read_secret
+
     with require_extra("up"):
         from app.launcher.engines import choose_engine, require_installed
         from app.launcher.machine import inspect_machine
@@ -316,6 +348,8 @@ def worker(home: Path | None, engine: str, cores: str, vllm_arguments: tuple[str
     options = WorkerOptions(cores=core_ids(cores), extra=vllm_arguments, **given)
     arguments = worker_arguments(choice.python, options, choice.engine, machine)
     environment = worker_environment(choice.python, options, choice.engine, machine, os.environ)
+    if key := read_secret(api_key_file, None):
+        environment["VLLM_API_KEY"] = key  # not an argument: those are everybody's to see
     os.execve(arguments[0], arguments, environment)  # noqa: S606 - replaced, so that signals reach vLLM itself
 
 
@@ -345,11 +379,14 @@ def batch_run(source: Path, **given: Any) -> None:
 
 @main.command(epilog=COMPRESS_EXAMPLES)
 @click.argument("model", required=False)
-@click.option("--recipe", "recipe_name", metavar="NAME", help="How; `--list` shows them.")
+@click.option("--recipe", "recipe_name", metavar="NAME", help="How, or several joined by +; `--list` shows them.")
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+              help="Text to measure on: plain, or .jsonl with `text` or `messages`.  [default: ours]")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="Directory to write; must not exist or be empty.")
 @click.option("--name", help="Public name of the model.  [default: made from MODEL]")
 @click.option("--variant", help="Name of the variant.  [default: the recipe's]")
-@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the recipe. Repeatable.")
+@click.option("--parameter", "--set", "settings", metavar="NAME=VALUE", multiple=True,
+              help="A parameter of the recipe. Repeatable.")  # fmt: skip
 @click.option("--list", "show", is_flag=True, help="Show the recipes and their parameters.")
 @home_option
 def compress(home: Path | None, show: bool, **given: Any) -> None:
@@ -364,12 +401,13 @@ def compress(home: Path | None, show: bool, **given: Any) -> None:
 
 
 def list_recipes() -> None:
-    from app.recipes.recipe import RECIPES
+    with require_extra("up"):
+        from rich.console import Console
+    from app.recipes.listing import tables
 
-    for recipe in RECIPES:
-        click.echo(f"{recipe.name}\n  {recipe.summary}\n  Served by: {', '.join(recipe.engines)}")
-        for parameter in recipe.parameters:
-            click.echo(f"  --set {parameter.name}={parameter.default!r:20} {parameter.meaning}")
+    console = Console()
+    for table in tables():
+        console.print(table)
 
 
 def run_recipe(
@@ -381,6 +419,7 @@ def run_recipe(
     name: str | None,
     variant: str | None,
     settings: tuple[str, ...],
+    calibration: Path | None,
 ) -> None:
     with require_extra("up"):
         from rich.console import Console
@@ -388,11 +427,22 @@ def run_recipe(
         from app.launcher.checkpoints import resolve_base
         from app.launcher.preparation import Order, compress_into
         from app.launcher.progress import Steps
-    from app.recipes.recipe import find_recipe
+    from app.recipes.book import find_recipe
+    from app.recipes.calibration import read_calibration
 
     recipe = find_recipe(recipe_name)
     parameters = recipe.with_defaults(dict(assignment(text) for text in settings))
-    order = Order(resolve_base(model, name), recipe.name, variant or recipe.name, parameters)
+    if calibration:
+        if not recipe.calibrates:
+            raise ConfigurationError(f"--calibration: recipe {recipe.name!r} needs no text")
+        read_calibration(calibration)
+    order = Order(
+        base=resolve_base(model, name),
+        recipe=recipe.name,
+        variant=variant or recipe.name,
+        parameters=parameters,
+        calibration=calibration.absolute() if calibration else None,
+    )
     compress_into(output.absolute(), order, home, Steps(Console(stderr=True)))
     click.echo(output)
 
@@ -400,13 +450,65 @@ def run_recipe(
 def assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise ConfigurationError(f"--set {text}: expected NAME=VALUE")
+        raise ConfigurationError(f"--parameter {text}: expected NAME=VALUE")
     return name, value
+
+
+@main.command(epilog=EVALUATE_EXAMPLES)
+@click.argument("model")
+@click.option("--variants", metavar="A,B", default="", help="Which to measure, beside dense.  [default: all there are]")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory for variants.md and its picture.")
+@click.option("--report", is_flag=True, help="Measure nothing: write the page from cards that are there.")
+@click.option("--only", type=click.Choice(["quality", "speed"]), help="Measure this anew, keep the rest of each card.")
+@click.option("--texts", type=click.Path(path_type=Path), help="Text to compare on (JSON Lines with a `text`).")
+@click.option(
+    "--items", type=click.IntRange(0, 1000), default=40, show_default=True, help="Of each task; 0 for no tasks."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of items and resampling.")
+@click.option(
+    "--price-per-hour", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Of the machine, USD."
+)
+@click.option("--config", type=click.Path(path_type=Path), help="Configuration whose quality_gate of MODEL applies.")
+@click.option("--engine", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@home_option
+def evaluate(
+    home: Path | None, model: str, variants: str, engine: str, config: Path | None, output: Path | None, **given: Any
+) -> None:
+    """Measure the variants of MODEL (a name, or a directory of variants) and write their cards into their manifests."""
+    with require_extra("up"):
+        from rich.console import Console
+
+        from app.evaluation.evaluate import Order
+        from app.evaluation.evaluate import evaluate as run_evaluation
+        from app.launcher.progress import Steps
+    order = Order(
+        home=home_at(home), model=model, variants=listed(variants), output=output.absolute() if output else None,
+        engine=engine_named(engine), thresholds=quality_gate(config, model), **given,
+    )  # fmt: skip
+    if page := run_evaluation(order, Steps(Console(stderr=True))):
+        click.echo(page)
+
+
+def quality_gate(config: Path | None, model: str) -> QualityGate:
+    """The configured thresholds of `model`. Raises ConfigurationError where it is not configured."""
+    from app.settings import QualityGate, load_settings
+
+    if config is None:
+        return QualityGate()
+    settings = load_settings(config)
+    found = next((one.quality_gate for one in settings.models if one.name == model), None)
+    if found is None:
+        raise ConfigurationError(f"{config}: models: {model!r} is not among them")
+    return found
+
+
+def listed(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def variant_names(text: str) -> tuple[str, ...]:
     """The names in `--variants`. Raises ConfigurationError for one that no recipe makes, or that comes twice."""
-    from app.recipes.recipe import find_recipe
+    from app.recipes.book import find_recipe
 
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if len(set(names)) != len(names):

@@ -7,7 +7,7 @@ import ssl
 from pathlib import Path
 
 from app.errors import ConfigurationError
-from app.settings import Auth, Tls
+from app.settings import Auth, Redis, Tls
 
 SECRET_MAX_BYTES = 8 * 1024
 
@@ -83,6 +83,11 @@ def server_secret(auth: Auth) -> bytes:
     if auth.secret is not None:
         return auth.secret.get_secret_value().encode()
     return read_secret(auth.secret_file, None).encode()
+
+
+def redis_password(redis: Redis) -> str | None:
+    """What is shown to the server for the url's user; None: what the url says. Raises ConfigurationError."""
+    return read_secret(redis.password_file, None) or None
 
 
 def _checked(secret: str, where: str) -> str:

@@ -12,6 +12,7 @@ import msgspec
 
 from app import parameters, strict_json
 from app.errors import InvalidValue, ModelNotFound, UnsupportedParameter
+from app.preference import FIELD, NO_PREFERENCE, Preference, preference_of
 from app.settings import Parameters
 from app.tenant import ANONYMOUS, Tenant
 from app.tenant import Band as Band  # as much a noun of requests
@@ -134,6 +135,8 @@ class InferenceRequest:
     until it is resolved: a label for metrics, unlike `model`.
     `cache_salt` is the tenant's, or one within it where the client sent a salt of its own (see `narrowed_salt`).
     `id` is the gateway's own, never used before; `client_id` what the client calls the request, for logs only.
+    `preference` is what it asks of the choice among variants, `user` whom the client serves with it, if it says so.
+    `trace_headers` say of which trace the client sent it, `batch_id` of which batch it is a line.
     `on_wait` is told, now and then, how long the queue is while it waits; it is set for a client that
     `wants_queue_events`.
     """
@@ -155,6 +158,9 @@ class InferenceRequest:
     cache_salt: str = ""
     trace_headers: tuple[tuple[bytes, bytes], ...] = ()
     client_id: str = ""
+    preference: Preference = NO_PREFERENCE
+    user: str = ""
+    batch_id: str = ""
     wants_queue_events: bool = False
     on_wait: QueueListener | None = None
 
@@ -183,6 +189,10 @@ class InferenceRequest:
         if tenant.max_tokens is not None:
             max_tokens = _bounded(fields, values, route, tenant.max_tokens)
         stream = route in _STREAMING_ROUTES and bool(values.get("stream"))
+        preference = NO_PREFERENCE
+        if FIELD in fields:
+            preference = preference_of(values[FIELD])
+            del fields[FIELD]
         return cls(
             id=request_id,
             route=route,
@@ -197,6 +207,24 @@ class InferenceRequest:
             choices=_choices(values) if route in _STREAMING_ROUTES else 0,
             tenant=tenant,
             cache_salt=_cache_salt(values, tenant),
+            preference=preference,
+            user=values.get("user") or "",
+        )
+
+    @classmethod
+    def unread(cls, *, request_id: str, route: Route, arrived: float, tenant: Tenant) -> InferenceRequest:
+        """Stands for a request that could not be read: it asks for nothing, and has an end like any other."""
+        return cls(
+            id=request_id,
+            route=route,
+            model="",
+            stream=False,
+            band=Band.DEFAULT,
+            fields={},
+            prompt_bytes=0,
+            client_wants_usage=False,
+            arrived=arrived,
+            tenant=tenant,
         )
 
     @property
@@ -210,6 +238,13 @@ class InferenceRequest:
     def hides_usage(self) -> bool:
         """Whether usage is asked of the worker for the gateway's own count, and its chunk kept from the client."""
         return self.stream and self.route in _USAGE_OPTION_ROUTES and not self.client_wants_usage
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether its answer can be asked for with log-probabilities that the client does not want."""
+        if self.choices != 1 or self.route not in _USAGE_OPTION_ROUTES:
+            return False
+        return self.route is Route.CHAT or "logprobs" not in self.fields
 
     def prompt_start(self, limit: int) -> bytes:
         """The first `limit` bytes of what the engine's prompt is made of, as the client wrote them.

@@ -21,17 +21,24 @@ from app.batches.meter import Meter
 from app.batches.runner import Runner, Shelf
 from app.batches.storage import open_storage
 from app.catalogue import Catalogue
+from app.console.board import Board
+from app.console.console import Console, Sources
 from app.credentials import server_secret
 from app.drain import Drain
 from app.errors import KeyRevoked, ModelNotFound
 from app.gateway import Gateway
 from app.relay.relay import Relay
+from app.reload import Reload, Source
+from app.routing.chooser import Chooser
 from app.routing.router import Router
 from app.served import Served
 from app.settings import Health, Settings, is_loopback
+from app.shadow import Shadows
 from app.telemetry.account import Accounts, RequestsLog
 from app.telemetry.logs import Log, open_audit, open_log
 from app.telemetry.metrics import Metrics, open_metrics
+from app.telemetry.refusals import Refusals
+from app.telemetry.tracing import exported, open_tracing
 from app.tenancy.authentication import Identification, KeyIdentification, OpenDoor
 from app.tenancy.directory import Directory
 from app.tenancy.failures import Failures
@@ -41,6 +48,7 @@ from app.tenancy.stores import RedisKeys, stores_of
 from app.tenancy.tenants import Tenants
 from app.tenant import Band
 from app.workers.capacity import open_slots
+from app.workers.discovery import Found, expanded
 from app.workers.monitor import Monitor
 from app.workers.registry import Registry
 from app.workers.worker import State, Worker
@@ -63,24 +71,31 @@ class Runtime:
     admission: QueuedAdmission
     served: Served
     drain: Drain
+    reload: Reload
+    is_ailing: Callable[[], bool]
     gauges: Gauges
     metrics: Metrics
     log: Log
     audit: Log
     started: float
     batches: Batches | None
+    refusals: Refusals
+    console: Console
 
 
 @asynccontextmanager
-async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
-    """A running gateway. Raises ConfigurationError."""
+async def open_runtime(
+    settings: Settings, source: Source | None = None, is_ailing: Callable[[], bool] = lambda: False
+) -> AsyncIterator[Runtime]:
+    """A running gateway, whose settings are followed to `source`. Raises ConfigurationError."""
     clock = time.monotonic
     log = open_log(settings.logs)
     secret = server_secret(settings.auth)
     tenants = Tenants(settings.tenants, settings.default_tenant, secret)
     metrics = open_metrics(tenants.named)
     tenants.listen(lambda: metrics.show_tenants(tenants.named))
-    catalogue = Catalogue.of(settings.models)
+    # Those whose addresses are known; `reload` finds the others before anybody is served.
+    catalogue = Catalogue.of(expanded(settings.models, Found()))
     registry = Registry(catalogue, log)
     admission = _admission(settings, metrics, log)
     capacity = Capacity(admission, settings.health, clock)
@@ -88,9 +103,17 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     router = Router(settings.routing)
     registry.listen(router.changed)
     relay = Relay(registry, settings.relay, metrics, clock)
-    accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock)
-    gateway = Gateway(catalogue, registry, router, admission, relay, accounts)
+    tracing = open_tracing(settings.tracing)
+    accounts = Accounts(metrics, RequestsLog(log, settings.logs.requests), clock, tracing)
+    chooser = Chooser(catalogue, registry, accounts.paces, metrics, clock, time.time)
+    shadows = Shadows(lambda: len(admission.roster.waiting), metrics, clock)
+    gateway = Gateway(chooser, registry, router, admission, relay, accounts, shadows, clock)
     gauges = Gauges(metrics, registry, admission, capacity)
+    registry.follow(capacity)
+    registry.follow(gauges)
+    reload = Reload(
+        settings, source, catalogue, registry, tenants, lambda worker: admission.names(worker.id), metrics, log
+    )
     # In a shared ledger other gateways' requests hold slots already; they are no strangers, and only it knows of them.
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
@@ -107,6 +130,9 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         _say_open(settings, metrics, log)
     meter = Meter(catalogue, registry, admission, accounts.ttfts, clock)
     batches = _batches(settings, gateway, meter, catalogue, tenants, drain, metrics, log)
+    looks_at = catalogue, registry, admission, metrics, accounts.refusals, batches, drain
+    sources = Sources(*looks_at, is_guarded=settings.is_guarded, started=time.time())
+    console = Console(sources, Board(metrics.shared_directory))
     runtime = Runtime(
         settings,
         catalogue,
@@ -119,15 +145,29 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         admission,
         served,
         drain,
+        reload,
+        is_ailing,
         gauges,
         metrics,
         log,
         audit=open_audit(settings.logs),
-        started=time.time(),
+        started=sources.started,
         batches=batches,
+        refusals=accounts.refusals,
+        console=console,
     )
     try:
-        async with directory.running(), admission.running(), monitor.running(), gauges.refreshed(), _running(batches):
+        async with (
+            exported(tracing),
+            directory.running(),
+            admission.running(),
+            reload.running(),
+            monitor.running(),
+            gauges.refreshed(),
+            _running(batches),
+            shadows.running(gateway.serve),
+            console.running(),
+        ):
             yield runtime
     finally:
         if registrar is not None:
@@ -171,6 +211,17 @@ class Capacity:
         """The slots that were offered last."""
         offered = self._offered.get(worker.id)
         return offered[0] if offered else 0
+
+    def joined(self, worker: Worker) -> None:
+        """It has no slots before it has proven itself."""
+
+    def left(self, worker: Worker) -> None:
+        """Its state says that it has none any more."""
+
+    def forgotten(self, worker: Worker) -> None:
+        self._adaptive.pop(worker.id, None)
+        self._offered.pop(worker.id, None)
+        self._admission.forget(worker.id)
 
     def _adapt(self, worker: Worker) -> None:
         adaptive = self._adaptive.setdefault(worker.id, AdaptiveSlots(worker.address.slots))
@@ -277,6 +328,21 @@ class Gauges:
         for state in State:
             is_in = worker.condition.state is state
             self._metrics.worker_state.labels(worker.id, worker.variant.public_name, state).set(is_in)
+
+    def joined(self, worker: Worker) -> None:
+        """It is written with the others."""
+
+    def left(self, worker: Worker) -> None:
+        self._write_worker(worker)
+
+    def forgotten(self, worker: Worker) -> None:
+        """Say no more about it; where several processes write, what they said last stays, as zeros."""
+        self._write_worker(worker)
+        for series in (self._metrics.slots_held, self._metrics.slots_capacity):
+            series.remove(worker.id)
+        for state in State:
+            self._metrics.worker_state.labels(worker.id, worker.variant.public_name, state).set(0)
+            self._metrics.worker_state.remove(worker.id, worker.variant.public_name, state)
 
     @asynccontextmanager
     async def refreshed(self) -> AsyncIterator[None]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,11 +31,21 @@ from app.errors import ConfigurationError
 
 CONFIG_FILE_MAX_BYTES = 4 * 1024 * 1024
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
+DNS_NAME = re.compile(r"^[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9.])?:[0-9]{1,5}$")
 TENANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 VARIANT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
 
 
 BandName = Literal["priority", "default", "flex", "batch"]
+PolicyName = Literal["quality", "economy", "balanced", "any", "pinned", "cascade"]
+
+
+def _aware(moment: datetime) -> datetime:
+    """A date, or a time without a zone, is UTC."""
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+Moment = Annotated[datetime, AfterValidator(_aware)]
 
 
 class Part(BaseModel):
@@ -87,10 +99,17 @@ class WorkerTls(Tls):
 class Redis(Part):
     """The server that all gateway processes share. Left out, each process admits on its own."""
 
-    url: str = Field("redis://127.0.0.1:6379/0", description="`rediss://` for TLS")
+    url: str = Field("redis://127.0.0.1:6379/0", description="`rediss://` for TLS; `USER@` before the host")
+    password_file: Path | None = Field(None, description="holds the password, which is better not in the url")
     tls: Tls | None = Field(None, description="default for rediss: the system's authorities")
     prefix: str = Field("sluice", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="of all keys; one per fleet")
     allow_eviction: bool = Field(False, description="start although the server may evict keys, leases among them")
+
+    @model_validator(mode="after")
+    def _has_one_password(self) -> Self:
+        if self.password_file is not None and urlsplit(self.url).password is not None:
+            raise ValueError("a password in url and password_file are both given")
+        return self
 
 
 class Auth(Part):
@@ -140,6 +159,7 @@ class TenantTerms(Part):
         None, description="go on with a broken stream on another worker; left out: as its model says"
     )
     degrade: bool = Field(False, description="may be served by a lesser variant under pressure")
+    policy: PolicyName | None = Field(None, description="among a model's variants; left out: as the model says")
 
 
 class Tenant(TenantTerms):
@@ -156,9 +176,12 @@ class Tenant(TenantTerms):
 
 
 class Worker(Part):
-    """One vLLM server that runs already."""
+    """A vLLM server that runs already, by its `url`; or all those that one `dns` name stands for."""
 
-    url: str
+    url: str = ""
+    dns: str | None = Field(
+        None, description="NAME:PORT; each address of the name is a worker, asked for again and again"
+    )
     served_model: str | None = Field(None, description="the name vLLM knows the model by; default: `model:variant`")
     max_concurrency: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field(
         64, description="slots: requests this worker holds at once; `auto`: as many as its throughput gains from"
@@ -173,11 +196,20 @@ class Worker(Part):
     @field_validator("url")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
+        if not url:
+            return url
         parts = urlsplit(url)
         is_http = parts.scheme in ("http", "https")
         if not is_http or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
             raise ValueError("a worker's url is http://HOST:PORT or https://HOST:PORT")
         return url.rstrip("/")
+
+    @field_validator("dns")
+    @classmethod
+    def _is_a_name(cls, dns: str | None) -> str | None:
+        if dns is not None and not DNS_NAME.match(dns):
+            raise ValueError("a worker's dns is NAME:PORT")
+        return dns
 
     @property
     def most_slots(self) -> int:
@@ -185,7 +217,9 @@ class Worker(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.tls is not None and not self.url.startswith("https://"):
+        if bool(self.url) == bool(self.dns):
+            raise ValueError("a worker has a url, or a dns name")
+        if self.tls is not None and self.url and not self.url.startswith("https://"):
             raise ValueError("tls needs a url with https")
         if self.api_key_file is not None and self.api_key_env is not None:
             raise ValueError("api_key_file and api_key_env exclude each other")
@@ -201,9 +235,15 @@ class Variant(Part):
     """One form of a model; its workers are interchangeable."""
 
     name: str
-    workers: tuple[Worker, ...] = Field(min_length=1)
+    workers: tuple[Worker, ...] = ()
+    workers_file: Path | None = Field(None, description="more of them: a YAML or JSON list, read again when it changes")
     quantization: str | None = None
     manifest: Path | None = None
+    quality: float | None = Field(None, ge=0, le=1, description="of the best variant's; left out: as its card says")
+    cost: float | None = Field(
+        None, gt=0, description="per token, in any unit that the model's variants share; left out: as its card says"
+    )
+    ttft_s: float | None = Field(None, gt=0, description="without a queue; left out: as its card says")
 
     @field_validator("name")
     @classmethod
@@ -211,6 +251,12 @@ class Variant(Part):
         if not VARIANT_NAME.match(name):
             raise ValueError("a variant's name has letters, digits and . _ + - only")
         return name
+
+    @model_validator(mode="after")
+    def _has_workers(self) -> Self:
+        if not self.workers and self.workers_file is None:
+            raise ValueError("a variant needs workers, or a workers_file")
+        return self
 
 
 class QualityGate(Part):
@@ -227,11 +273,97 @@ class QualityGate(Part):
     require_card: bool = Field(False, description="a variant that was never measured fails, too")
 
 
-class Model(Part):
+class Lifetime(Part):
+    """How long a name is there. Answers say so in `deprecation` and `sunset` headers (RFC 9745, RFC 8594)."""
+
+    deprecated: Moment | None = Field(None, description="from then on it should not be used any more")
+    sunset: Moment | None = Field(None, description="from then on it is not found")
+
+    @model_validator(mode="after")
+    def _ends_after_it_is_deprecated(self) -> Self:
+        if self.deprecated and self.sunset and self.sunset < self.deprecated:
+            raise ValueError("sunset is before deprecated")
+        return self
+
+
+class Alias(Lifetime):
+    """Another name of a model, or of one of its variants."""
+
+    name: str = Field(pattern=NAME.pattern)
+    variant: str | None = Field(None, description="the one that this name pins")
+
+
+class Canary(Part):
+    """A variant that gets a share of a model's requests, and no others but those that name it."""
+
+    variant: str
+    percent: float = Field(ge=0, le=100, description="of sessions, else users, else tenants: each keeps its side")
+
+
+class Shadow(Part):
+    """A variant that gets copies of requests, whose answers are compared and never returned."""
+
+    variant: str
+    percent: float = Field(1, ge=0, le=100, description="of the requests that other variants answer")
+    concurrency: int = Field(
+        1, ge=1, le=64, description="copies under way, in each process; what comes then is dropped"
+    )
+
+
+class Cascade(Part):
+    """A small variant that answers first, and a large one that answers where the small one is not sure.
+
+    The threshold comes from the small one's card: the highest by which the cascade keeps `quality`.
+    """
+
+    small: str
+    large: str
+    quality: float = Field(0.97, ge=0, le=1, description="of the large one's, to be kept")
+    threshold: float | None = Field(None, ge=0, description="uncertainty above which the large one answers")
+    measure: Literal["entropy", "margin"] = "entropy"
+    window_tokens: int = Field(8, ge=1, le=64, description="mean over so many tokens in a row; not used with a card")
+    hold_tokens: int = Field(16, ge=1, le=256, description="of a stream, held back until they are known to be sure")
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if self.small == self.large:
+            raise ValueError("small and large are the same variant")
+        return self
+
+
+class Choosing(Lifetime):
+    """Which of a model's variants serves a request that names none of them.
+
+    `quality`: the best one, or with a TTFT to keep the best of those that keep it; `economy`: the cheapest; `balanced`:
+    the one with the most quality - λ x cost, cost 1 being the dearest variant's; equals share. `any`: all variants,
+    the least loaded worker; `pinned`: the one that is listed first; `cascade`: see there. What was never measured has
+    quality 0 and cost 1.
+    """
+
+    policy: PolicyName = "balanced"
+    cost_weight: float = Field(0.25, ge=0, le=100, description="λ of `balanced`")
+    quality_floor: float = Field(0, ge=0, le=1, description="variants below it serve only who names them")
+    ttft_target_s: float = Field(
+        1, gt=0, le=3600, description="requests whose tenant consents to `degrade` step down rather than wait longer"
+    )
+    calm_s: float = Field(5, gt=0, le=3600, description="without pressure, before requests step up again")
+    canary: Canary | None = None
+    cascade: Cascade | None = None
+    shadow: Shadow | None = None
+    fallbacks: tuple[str, ...] = Field((), max_length=8, description="models that serve while this one has no worker")
+    aliases: tuple[Alias, ...] = ()
+
+    @field_validator("aliases", mode="before")
+    @classmethod
+    def _names_are_aliases(cls, aliases: Any) -> Any:
+        is_list = isinstance(aliases, list | tuple)
+        return [{"name": alias} if isinstance(alias, str) else alias for alias in aliases] if is_list else aliases
+
+
+class Model(Choosing):
     """What clients ask for by `name`; `name:variant` pins one variant."""
 
     name: str
-    policy: Literal["balanced"] = Field("balanced", description="the least loaded worker among all listed variants")
     resume: bool = Field(False, description="go on with a broken plain-text stream on another worker of its variant")
     quality_gate: QualityGate = QualityGate()
     variants: tuple[Variant, ...] = Field(min_length=1)
@@ -248,6 +380,19 @@ class Model(Part):
         names = [variant.name for variant in self.variants]
         if len(set(names)) != len(names):
             raise ValueError(f"model {self.name!r} lists a variant twice")
+        named = [alias.variant for alias in self.aliases if alias.variant]
+        if self.canary:
+            named.append(self.canary.variant)
+        if self.shadow:
+            named.append(self.shadow.variant)
+        if self.cascade:
+            named += [self.cascade.small, self.cascade.large]
+        elif self.policy == "cascade":
+            raise ValueError(f"model {self.name!r} has the policy cascade and no cascade")
+        if unknown := [name for name in named if name not in names]:
+            raise ValueError(f"model {self.name!r} has no variant {unknown[0]!r}")
+        if self.canary and len(names) == 1:
+            raise ValueError(f"model {self.name!r} has no variant beside its canary")
         return self
 
 
@@ -430,10 +575,52 @@ class Batches(Part):
     commit_interval_s: float = Field(0.25, ge=0, le=60, description="longest time that a finished line is not stored")
 
 
+class Reload(Part):
+    """How changes are found while the gateway runs: of models, workers and tenants. SIGHUP looks at once."""
+
+    watch_interval_s: float = Field(
+        1, ge=0, le=3600, description="between two looks at the files; 0: at a signal only. Two looks must agree"
+    )
+    dns_interval_s: float = Field(5, gt=0, le=3600, description="between two questions about each worker's dns name")
+    dns_timeout_s: float = Field(3, gt=0, le=60)
+    workers_per_name: int = Field(256, ge=1, le=4096, description="addresses of one dns name, or of one workers_file")
+
+
 class Logs(Part):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
     requests: Literal["all", "failed", "none"] = "failed"
+
+
+class Tracing(Part):
+    """Spans to an OpenTelemetry collector, by OTLP over HTTP; left out, there are none.
+
+    What is left out here is as OpenTelemetry's own environment variables say: `OTEL_EXPORTER_OTLP_…`,
+    `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER_ARG`; `OTEL_SDK_DISABLED` goes before all.
+    """
+
+    endpoint: str | None = Field(None, description="http://HOST:4318/v1/traces; default: on localhost")
+    sample_ratio: float | None = Field(None, ge=0, le=1, description="share of requests that are traced; default: all")
+    headers_file: Path | None = Field(None, description="lines `name: value` that the collector asks for")
+    service_name: str | None = Field(None, min_length=1, max_length=255, description="default: sluice")
+    trust_clients: bool = Field(
+        False,
+        description="continue the traces of clients, and let them say what is recorded, instead of linking to them",
+    )
+    queue_spans: int = Field(8192, ge=512, le=1_000_000, description="not exported yet; beyond it the oldest are lost")
+    export_interval_s: float = Field(2, gt=0, le=60)
+    export_timeout_s: float | None = Field(
+        None, gt=0, le=60, description="of an export, tried again or not; default: 10"
+    )
+    flush_timeout_s: float = Field(3, ge=0, le=60, description="at the end, for what is still queued")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_http(cls, endpoint: str | None) -> str | None:
+        parts = urlsplit(endpoint or "http://localhost")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise ValueError("an endpoint is http://HOST:PORT/PATH or https://HOST:PORT/PATH")
+        return endpoint
 
 
 class Settings(BaseSettings):
@@ -461,7 +648,9 @@ class Settings(BaseSettings):
     parameters: Parameters = Parameters()
     health: Health = Health()
     batches: Batches = Batches()
+    reload: Reload = Reload()
     logs: Logs = Logs()
+    tracing: Tracing | None = None
     drain_notice_s: float = Field(
         5, ge=0, le=600, description="after SIGTERM: unready, but still accepting, until load balancers have noticed"
     )
@@ -485,7 +674,9 @@ class Settings(BaseSettings):
         names = [model.name for model in self.models]
         if len(set(names)) != len(names):
             raise ValueError("a model is listed twice")
-        places = [worker.authority for model in self.models for variant in model.variants for worker in variant.workers]
+        self._check_names(set(names))
+        variants = [variant for model in self.models for variant in model.variants]
+        places = [worker.dns or worker.authority for variant in variants for worker in variant.workers]
         if len(set(places)) != len(places):
             raise ValueError("a worker's url is listed twice")
         keeps_batches = self.batches.directory is not None or self.batches.bucket is not None
@@ -496,6 +687,18 @@ class Settings(BaseSettings):
         if self.redis is not None and self.redis.tls is not None and not self.redis.url.startswith("rediss://"):
             raise ValueError("redis.tls needs a url with rediss")
         return self
+
+    def _check_names(self, models: set[str]) -> None:
+        """A name means one thing, and a fallback is another model."""
+        known = models | {f"{model.name}:{variant.name}" for model in self.models for variant in model.variants}
+        for model in self.models:
+            for alias in model.aliases:
+                if alias.name in known:
+                    raise ValueError(f"the alias {alias.name!r} is a name already")
+                known.add(alias.name)
+            for name in model.fallbacks:
+                if name == model.name or name not in models:
+                    raise ValueError(f"the fallback {name!r} of model {model.name!r} is not another model")
 
     @property
     def is_guarded(self) -> bool:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import cached_property
 
+from app.preference import Policy
+
 
 class Band(StrEnum):
     """Priority class, highest first."""
@@ -55,7 +57,8 @@ class Tenant:
     `weight` is its share beside others', `ceiling` the highest band it gets. `models` are the public names it may ask
     for, None for all: a model's name allows every variant of it. `max_tokens` is the most that one request may ask for.
     `engine_fields`: fields that steer the engine itself are passed on. `resume` outranks what the model says about
-    broken streams. `degrade` is its consent to be served by a lesser variant under pressure. `cache_salt` keeps its
+    broken streams. `degrade` is its consent to be served by a lesser variant under pressure, `policy`
+    what chooses among a model's variants where that is not as the model says. `cache_salt` keeps its
     part of a worker's prefix cache apart from others'; empty, it shares with everybody whose salt is empty.
     """
 
@@ -68,6 +71,7 @@ class Tenant:
     engine_fields: bool = False
     resume: bool | None = None
     degrade: bool = False
+    policy: Policy | None = None
     cache_salt: str = ""
 
     def may_use(self, model: str, variant: str) -> bool:

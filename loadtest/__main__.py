@@ -7,12 +7,15 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Awaitable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import click
+import httpx
 import uvloop
 
+from app.errors import ConfigurationError
 from loadtest.adaptive import AdaptivePlan
 from loadtest.adaptive import figures as adaptive_figures
 from loadtest.adaptive import measure as measure_adaptive
@@ -24,8 +27,16 @@ from loadtest.batch_yields import YieldPlan
 from loadtest.batch_yields import figures as yield_figures
 from loadtest.batch_yields import measure as measure_yield
 from loadtest.bench import Cores, Findings, Plan, bench
+from loadtest.cascade import CascadePlan
+from loadtest.cascade import figures as cascade_figures
+from loadtest.cascade import measure as measure_cascade
+from loadtest.cascade import section as cascade_section
 from loadtest.conversations import Workload
 from loadtest.cpu import split_cores, usable_cores
+from loadtest.elastic import ElasticPlan, forms_of
+from loadtest.elastic import figures as elastic_figures
+from loadtest.elastic import measure as measure_elastic
+from loadtest.elastic import section as elastic_section
 from loadtest.order import MIXES, OrderPlan
 from loadtest.order import figures as order_figures
 from loadtest.order import measure as measure_order
@@ -150,6 +161,68 @@ def order_command(requests: int, seeds: int, output: Path | None) -> None:
     results = measure_order(plan, tuple(MIXES), seeds=seeds)
     print("\n" + order_figures(results))
     _write(output or RESULTS, order_section(results, plan, seeds))
+
+
+@main.command("cascade")
+@click.option("--small", default=CascadePlan.small, show_default=True, help="The variant that answers first.")
+@click.option("--large", default=CascadePlan.large, show_default=True)
+@click.option(
+    "--questions", type=click.IntRange(4, 500), default=CascadePlan.count, show_default=True, help="Per task."
+)
+@click.option("--share", type=click.FloatRange(0, 1), default=CascadePlan.share, help="Escalated by the gateway's own.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
+def cascade_command(small: str, large: str, questions: int, share: float, output: Path | None) -> None:
+    """Share escalated, quality and cost of a cascade, on two real vLLM workers (5 GiB, two cores, some 10 minutes)."""
+    plan = CascadePlan(small=small, large=large, count=questions, share=share)
+    try:
+        found = uvloop.run(_cancelled_by_sigterm(measure_cascade(plan)))
+    except asyncio.CancelledError:
+        raise click.Abort from None
+    except (ProcessError, httpx.HTTPError) as error:
+        raise click.ClickException(str(error)) from None
+    print("\n" + cascade_figures(found))
+    _write(output or RESULTS, cascade_section(found, plan, versions()))
+
+
+@main.command("elastic")
+@click.option("--requests", type=click.IntRange(100, 100_000), default=ElasticPlan.requests, show_default=True)
+@click.option("--load", type=click.FloatRange(0.1, 20), default=ElasticPlan.load, show_default=True, help="× capacity.")
+@click.option(
+    "--target", type=click.FloatRange(0.01, 60), default=ElasticPlan.target_s, show_default=True, help="TTFT, s."
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=ElasticPlan.workers, show_default=True, help="A variant."
+)
+@click.option(
+    "--manifest",
+    "manifests",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A sluice.json with a card, the best variant's first; default: figures of a first measurement.",
+)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=ElasticPlan.prompt_of_card, help="Of the cards' TTFT.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: loadtest/{RESULTS.name}.")
+def elastic_command(
+    requests: int,
+    load: float,
+    target: float,
+    workers: int,
+    manifests: tuple[Path, ...],
+    prompt_tokens: int,
+    output: Path | None,
+) -> None:
+    """With and without steps down to lesser variants under overload, on simulated workers (seconds, no load at all)."""
+    plan = ElasticPlan(requests=requests, load=load, target_s=target, workers=workers, prompt_of_card=prompt_tokens)
+    source = "SmolLM2-135M was on vLLM's CPU build, one core a worker;\nquality by perplexity"
+    if manifests:
+        try:
+            plan = replace(plan, forms=forms_of(manifests, prompt_tokens))
+        except (ValueError, ConfigurationError) as error:
+            raise click.ClickException(str(error)) from None
+        source = "the variants' cards say"
+    per_s, found = measure_elastic(plan)
+    print("\n" + elastic_figures(found, plan))
+    _write(output or RESULTS, elastic_section(found, plan, per_s, source))
 
 
 @main.command("batch-truth")

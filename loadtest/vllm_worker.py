@@ -20,20 +20,26 @@ READY_S = 300.0
 
 @asynccontextmanager
 async def vllm_worker(
-    directory: Path, address: Address, core: int, kv_mib: int, machine: Machine, served_model: str = MODEL
+    directory: Path,
+    address: Address,
+    core: int,
+    kv_mib: int,
+    machine: Machine,
+    served_model: str = MODEL,
+    variant: str = VARIANT,
 ) -> AsyncIterator[None]:
-    """The dense variant on one core, with its log in `directory`; not proven yet. Raises ProcessError."""
+    """A variant on one core, with its log in `directory`; not proven yet. Raises ProcessError."""
     home = Home.at(None, os.environ)
     python = home.environment("worker-cpu") / "bin" / "python"
     options = WorkerOptions(
-        checkpoint=str(home.checkpoint(MODEL, VARIANT)),
+        checkpoint=str(home.checkpoint(MODEL, variant)),
         served_model=served_model,
         port=address.port,
         cores=(core,),
         kv_cache_bytes=kv_mib * 1024 * 1024,
     )
     if not python.exists() or not Path(options.checkpoint).exists():
-        raise ProcessError("no vLLM or no checkpoint here: `sluice up --prepare-only --variants dense` makes them")
+        raise ProcessError(f"no vLLM or no checkpoint here: `sluice up --prepare-only --variants {variant}` makes them")
     arguments = worker_arguments(python, options, Engine.CPU, machine)
     environment = worker_environment(python, options, Engine.CPU, machine, os.environ)
     async with running(arguments, set(machine.cores), directory / f"worker-{core}.log", environment):

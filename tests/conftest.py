@@ -19,6 +19,7 @@ settings.load_profile("steady")
 
 
 SLOW = (
+    "tests/console/",
     "tests/e2e/",
     "tests/integration/faults/",
     "tests/integration/batches/test_faults.py",

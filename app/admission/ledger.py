@@ -27,7 +27,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, Respon
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules, Standing
 from app.admission.quota import Claim, Metered, Reading, Settlement
 from app.admission.server_versions import doubt_about
-from app.credentials import TlsContexts, tls_failure
+from app.credentials import TlsContexts, redis_password, tls_failure
 from app.errors import ConfigurationError
 from app.settings import Redis, Tls
 
@@ -409,6 +409,7 @@ def _context_of(redis: Redis) -> SSLContext | None:
 async def _connected(redis: Redis, tls: SSLContext | None) -> Connection:
     pool = ConnectionPool.from_url(
         redis.url,
+        password=redis_password(redis),
         protocol=2,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=None,

@@ -61,7 +61,7 @@ class QueuedLease:
         self.cost = cost
         self.id = ""
         self.worker_id = ""
-        self.waited_s = 0.0
+        self.waited_s = ticket.waited_s
         self.is_again = False
         self.is_moved = False
         self.is_unserved = False
@@ -196,7 +196,8 @@ class Roster:
     def refuse_as(self, lease: QueuedLease, kind: Kind, wait_us: int, readings: Sequence[Reading] = ()) -> None:
         """Refused by the order's own bounds, or by a limit of its tenant."""
         limit, error = _refusal(lease, kind, wait_us, readings)
-        self.count_rejection(limit)
+        if not lease.ticket.is_trial:
+            self.count_rejection(limit)
         if lease.reservation is not None:
             self.reserved.pop(lease.reservation.demand.reservation, None)
         self.refuse(lease.id, error)
@@ -317,6 +318,11 @@ class QueuedAdmission:
         """All that waits, wherever it arrived, and what these tenants have used. Raises DependencyUnavailable."""
         raise NotImplementedError
 
+    @property
+    def is_degraded(self) -> bool:
+        """Whether it does without the ledger that it should have."""
+        return False
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Do what has to be done all the time."""
@@ -339,6 +345,18 @@ class QueuedAdmission:
             self.limits[worker_id] = limit
         (self.served.add if is_served or (is_served is None and slots) else self.served.discard)(worker_id)
         self.desk.set_slots(worker_id, self.share(slots))
+
+    def names(self, worker_id: str) -> bool:
+        """Whether somebody here holds a slot of the worker, or might still get one."""
+        return self.roster.held_on(worker_id) > 0 or any(
+            worker_id in lease.ticket.candidates for lease in self.roster.waiting.values()
+        )
+
+    def forget(self, worker_id: str) -> None:
+        """Say no more about a worker whose slots are 0, and that nobody here names."""
+        self.slots.pop(worker_id, None)
+        self.limits.pop(worker_id, None)
+        self.served.discard(worker_id)
 
     def share(self, slots: int) -> int:
         """What the desk of the moment may grant of a worker's slots."""

@@ -18,6 +18,7 @@ class Ticket(msgspec.Struct, frozen=True):
     `candidates` are worker ids, best first; `deadline` is monotonic seconds, after which the ticket must not be
     granted. `prompt_bytes` and `max_tokens` (for all of its choices together) are what its cost is estimated from; the
     bytes are also what the request holds in memory while it waits. `on_wait` is told where it stands: see `announcer`.
+    It has waited for `waited_s` elsewhere. A trial that is refused counts as no refusal: the request goes on elsewhere.
     """
 
     id: str
@@ -29,9 +30,19 @@ class Ticket(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     deadline: float = float("inf")
     on_wait: QueueListener | None = None
+    waited_s: float = 0.0
+    is_trial: bool = False
 
     @classmethod
-    def of(cls, request: InferenceRequest, candidates: tuple[str, ...]) -> Ticket:
+    def of(
+        cls,
+        request: InferenceRequest,
+        candidates: tuple[str, ...],
+        *,
+        deadline: float = float("inf"),
+        waited_s: float = 0.0,
+    ) -> Ticket:
+        """Of a request that has waited elsewhere for so long. With a `deadline` of its own it is a trial."""
         return cls(
             id=request.id,
             band=request.band,
@@ -40,8 +51,10 @@ class Ticket(msgspec.Struct, frozen=True):
             tenant=request.tenant,
             prompt_bytes=request.prompt_bytes,
             max_tokens=request.max_output,
-            deadline=request.deadline,
+            deadline=min(request.deadline, deadline),
             on_wait=request.on_wait,
+            waited_s=waited_s,
+            is_trial=deadline < float("inf"),
         )
 
 

@@ -25,9 +25,13 @@ class Access(StrEnum):
     """Who may ask for a route. What nobody has declared is a tenant's: without a key not even its absence is told."""
 
     PROBE = "probe"
+    PAGE = "page"
+    """The operators' listener only, and no key: it is the same for everybody, and says nothing."""
     TENANT = "tenant"
     ADMIN = "admin"
 
+
+_OPERATORS = frozenset({Access.PAGE, Access.ADMIN})
 
 Declared = Iterable[tuple[Access, APIRouter]]
 
@@ -82,8 +86,10 @@ class Guard:
             return access
         if self._admin_port is not None:
             is_admins = scope["server"][1] == self._admin_port
-            if is_admins is not (access is Access.ADMIN):
+            if is_admins is not (access in _OPERATORS):
                 raise RouteNotFound(f"Unknown request URL: {scope['method']} {scope['path'][:200]}.")
+        if access is Access.PAGE:
+            return access
         address = scope["client"]
         caller = identification.identify(scope["headers"], address[0] if address else "")
         scope[CALLER] = caller

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI, Request
@@ -12,12 +12,13 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from app.api import admin, batches, files, health, keys, models
+from app.api import admin, batches, console, files, health, keys, models
 from app.api.access import Access, Guard, Rules
-from app.api.inference import InferenceRoutes
+from app.api.inference import CONSOLE_CHAT, InferenceRoutes
 from app.api.middleware import Dispatch, Errors, RequestIds
 from app.api.openapi import document
 from app.errors import GatewayError, InternalError, InvalidValue, MethodNotAllowed, RouteNotFound
+from app.reload import Source
 from app.runtime import open_runtime
 from app.settings import Settings
 
@@ -31,18 +32,28 @@ DECLARED: tuple[tuple[Access, APIRouter], ...] = (
     (Access.ADMIN, health.routes),
     (Access.ADMIN, admin.routes),
     (Access.ADMIN, keys.routes),
+    (Access.ADMIN, console.routes),
+    (Access.PAGE, console.pages),
 )
 """All routes but the inference routes, and who may ask for them."""
-OPERATOR_PAGES = ("/docs", "/openapi.json")
-"""FastAPI's own."""
+OPERATOR_PAGES = ("/docs", "/openapi.json", CONSOLE_CHAT)
+"""What no APIRouter holds: FastAPI's own pages, and where the console asks."""
 
 
-def create_app(settings: Settings) -> ASGIApp:
-    """The ASGI application of one gateway process; its lifespan opens and closes the runtime."""
+def well() -> bool:
+    """Never ailing: of a process without siblings, nobody would live to say so."""
+    return False
+
+
+def create_app(settings: Settings, source: Source | None = None, is_ailing: Callable[[], bool] = well) -> ASGIApp:
+    """The ASGI application of one gateway process; its lifespan opens and closes the runtime.
+
+    `is_ailing` says whether this replica's processes keep dying: then it asks for no more work.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
-        async with open_runtime(settings) as runtime:
+        async with open_runtime(settings, source, is_ailing) as runtime:
             _spare_the_collector()
             yield {"runtime": runtime}
 

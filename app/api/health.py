@@ -32,15 +32,14 @@ async def ready(runtime: RuntimeOf, request: Request) -> Response:
         }
         for worker in runtime.registry
     }
-    is_ready = _is_ready(runtime)
-    status = "draining" if runtime.drain.is_quiet else "ready" if is_ready else "not ready"
-    return JSONResponse({"status": status, "workers": workers}, status_code=200 if is_ready else 503)
+    status = _status(runtime)
+    return JSONResponse({"status": status, "workers": workers}, status_code=200 if status == "ready" else 503)
 
 
 @probes.head("/health", include_in_schema=False)
 @probes.get("/health", summary="vLLM's probe, which its clients ask before they start: 200 when ready, nothing more")
 async def health(runtime: RuntimeOf) -> Response:
-    return Response(status_code=200 if _is_ready(runtime) else 503)
+    return Response(status_code=200 if _status(runtime) == "ready" else 503)
 
 
 @routes.get("/metrics", summary="All series, in Prometheus' text format", response_class=Response)
@@ -50,5 +49,9 @@ async def metrics(runtime: RuntimeOf) -> Response:
     return Response(await asyncio.to_thread(runtime.metrics.exposition), media_type=CONTENT_TYPE)
 
 
-def _is_ready(runtime: Runtime) -> bool:
-    return runtime.registry.any_ready and not runtime.drain.is_quiet
+def _status(runtime: Runtime) -> str:
+    if runtime.drain.is_quiet:
+        return "draining"
+    if runtime.is_ailing():
+        return "ailing"  # its processes keep dying
+    return "ready" if runtime.registry.any_ready else "not ready"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable
 from math import inf
 
+from msgspec.structs import replace
 from starlette.types import Receive, Scope, Send
 
 from app.api.access import caller_of, key_id_of
@@ -16,33 +16,47 @@ from app.api.queue_events import serve_announced
 from app.api.response import response_of
 from app.api.responses import end_stream, send_reply
 from app.errors import GatewayError, InvalidRequest, InvalidValue
-from app.inference import Band, InferenceRequest, Outcome, Route
+from app.inference import InferenceRequest, Route
+from app.preference import policy_of, session_of
 from app.runtime import Runtime
 from app.settings import Settings
-from app.telemetry.account import UNRESOLVED
+from app.telemetry.trace_context import TRACE_PARENT, TRACE_STATE, accepted
 
-TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[ -~]{0,128})?")
-TRACE_STATE = re.compile(rb"[ -~]{1,512}")
-TRACE_HEADERS = {b"traceparent": TRACE_PARENT, b"tracestate": TRACE_STATE}
+TRACE_HEADERS = frozenset({TRACE_PARENT, TRACE_STATE})
 TIMEOUT_HEADER = b"x-sluice-timeout-ms"
 CLIENT_TIMEOUT_HEADER = b"x-stainless-read-timeout"  # OpenAI's clients say how long they wait in silence, seconds
+CONSOLE_CHAT = "/console/chat/completions"
+"""Route.CHAT for operators, on their listener: the console can reach no other. Its tenant is that of their key."""
 QUEUE_EVENTS_HEADER = b"x-sluice-queue-events"
+POLICY_HEADER = b"x-sluice-policy"
+SESSION_HEADER = b"x-sluice-session"
+READ_HEADERS = frozenset(
+    {*TRACE_HEADERS, TIMEOUT_HEADER, CLIENT_TIMEOUT_HEADER, QUEUE_EVENTS_HEADER, POLICY_HEADER, SESSION_HEADER}
+)
 
 
 def read_headers(request: InferenceRequest, headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """What the headers say about a request: until when, of which trace. Raises InvalidValue."""
+    """What the headers say about a request: until when, of which trace, by which policy. Raises InvalidValue."""
     traces = []
     for name, value in headers:
+        if name not in READ_HEADERS:
+            continue
         if name in TRACE_HEADERS:
-            if TRACE_HEADERS[name].fullmatch(value):
-                traces.append((name, value))
+            traces.append((name, value))
         elif name == TIMEOUT_HEADER:
             request.deadline = min(request.deadline, request.arrived + _milliseconds(value) / 1000)
         elif name == CLIENT_TIMEOUT_HEADER:
             request.deadline = min(request.deadline, request.arrived + _patience_s(value))
         elif name == QUEUE_EVENTS_HEADER:
             request.wants_queue_events = request.stream and value == b"1"
-    request.trace_headers = tuple(traces)
+        elif name == POLICY_HEADER:
+            policy = policy_of(value.decode("latin-1"), POLICY_HEADER.decode())
+            request.preference = replace(request.preference, policy=policy)
+        elif name == SESSION_HEADER:
+            session = session_of(value.decode("latin-1"), SESSION_HEADER.decode())
+            request.preference = replace(request.preference, session=session)
+    if traces:
+        request.trace_headers = accepted(traces)
 
 
 def _milliseconds(value: bytes) -> int:
@@ -63,7 +77,10 @@ def _patience_s(value: bytes) -> float:
 class InferenceRoutes:
     """Serves a POST to any of the inference routes."""
 
-    paths: dict[str, Route] = {route.value: route for route in Route}  # noqa: RUF012 - read-only
+    paths: dict[str, Route] = {  # noqa: RUF012 - read-only
+        **{route.value: route for route in Route},
+        CONSOLE_CHAT: Route.CHAT,
+    }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived = time.monotonic()
@@ -72,8 +89,7 @@ class InferenceRoutes:
             body = await read_body(scope, receive, runtime.settings.limits)
             request = self._request(scope, body, arrived, runtime.settings)
         except InvalidRequest as error:
-            took_s = time.monotonic() - arrived
-            runtime.metrics.ended(UNRESOLVED, UNRESOLVED, Band.DEFAULT, Outcome.REJECTED, error.code, took_s)
+            runtime.gateway.refused(self._unread(scope, arrived), error)
             raise
         client, response = connection_of(scope), response_of(scope)
         try:
@@ -100,3 +116,15 @@ class InferenceRoutes:
         request.client_id = scope["client_request_id"]
         read_headers(request, scope["headers"])
         return request
+
+    def _unread(self, scope: Scope, arrived: float) -> InferenceRequest:
+        """Stands for what was refused before it was a request."""
+        unread = InferenceRequest.unread(
+            request_id=scope["request_id"],
+            route=self.paths[scope["path"]],
+            arrived=arrived,
+            tenant=caller_of(scope).tenant,
+        )
+        unread.client_id = scope["client_request_id"]
+        unread.trace_headers = accepted(header for header in scope["headers"] if header[0] in TRACE_HEADERS)
+        return unread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from fastapi import APIRouter
 
@@ -11,6 +12,7 @@ from app.api.schemas import ModelList, ModelObject
 from app.catalogue import Model, Variant
 from app.errors import ModelNotFound
 from app.runtime import Runtime
+from app.settings import Lifetime
 from app.tenant import Tenant
 
 routes = APIRouter(tags=["models"])
@@ -32,10 +34,20 @@ async def one_model(name: str, runtime: RuntimeOf, tenant: TenantOf) -> ModelObj
 def _objects(runtime: Runtime, tenant: Tenant) -> Iterator[ModelObject]:
     for model in runtime.catalogue.models:
         variants = tuple(variant for variant in model.variants if tenant.may_use(variant.model, variant.name))
-        if variants:
-            yield _model(model, variants, runtime)
-        for variant in variants:
-            yield _variant(variant, runtime)
+        if not variants or _is_over(model.choosing):
+            continue
+        shown = _model(model, variants, runtime)
+        objects = {shown.id: shown, **{variant.public_name: _variant(variant, runtime) for variant in variants}}
+        yield from objects.values()
+        for alias in model.choosing.aliases:
+            same = objects.get(f"{model.name}:{alias.variant}" if alias.variant else model.name)
+            if same is not None and not _is_over(alias):
+                told = {"id": alias.name, "alias_of": same.id, "aliases": None}
+                yield same.model_copy(update={**told, "deprecated": alias.deprecated, "sunset": alias.sunset})
+
+
+def _is_over(name: Lifetime) -> bool:
+    return name.sunset is not None and name.sunset <= datetime.now(UTC)
 
 
 def _model(model: Model, variants: tuple[Variant, ...], runtime: Runtime) -> ModelObject:
@@ -44,6 +56,9 @@ def _model(model: Model, variants: tuple[Variant, ...], runtime: Runtime) -> Mod
         id=model.name,
         created=int(runtime.started),
         max_model_len=min(lengths, default=None),
+        aliases=[alias.name for alias in model.choosing.aliases if not _is_over(alias)] or None,
+        deprecated=model.choosing.deprecated,
+        sunset=model.choosing.sunset,
         variants=[variant.public_name for variant in variants],
         ready=any(worker.is_ready for worker in runtime.registry.pool(variants)),
     )
@@ -57,6 +72,7 @@ def _variant(variant: Variant, runtime: Runtime) -> ModelObject:
         variant=variant.name,
         quantization=variant.quantization,
         max_model_len=_context_length(variant, runtime),
+        card=variant.card.public if variant.card else None,
         ready=any(worker.is_ready for worker in runtime.registry.pool((variant,))),
     )
 

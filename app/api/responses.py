@@ -28,8 +28,10 @@ async def send_reply(reply: Reply, response: Response, client: ClientConnection)
         (b"content-type", answer.content_type),
         (b"x-sluice-model", reply.variant.model.encode()),
         (b"x-sluice-variant", reply.variant.name.encode()),
+        (b"x-sluice-variant-reason", reply.reason.encode()),
         (b"x-sluice-queue-ms", b"%.1f" % (reply.lease.waited_s * 1000)),
         *rate_limit_headers(reply.lease.allowances),
+        *reply.choice.headers,
     ]
     if answer.resume:
         headers.append((RESUME, answer.resume.encode()))

@@ -6,9 +6,12 @@ listed here pass through to it.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from app.card import PublicCard
 
 
 class Open(BaseModel):
@@ -26,9 +29,14 @@ class ModelObject(BaseModel):
     owned_by: str = "sluice"
     parent: str | None = Field(None, description="the model that a variant belongs to")
     variant: str | None = None
+    alias_of: str | None = Field(None, description="the model or variant that this is another name of")
+    aliases: list[str] | None = None
+    deprecated: datetime | None = None
+    sunset: datetime | None = Field(None, description="from then on this name is not found")
     variants: list[str] | None = Field(None, description="the names that pin one variant of this model")
     quantization: str | None = None
     max_model_len: int | None = None
+    card: PublicCard | None = Field(None, description="what was measured of a variant: cost, quality, speed")
     ready: bool = Field(description="whether at least one worker can serve it now")
 
 

@@ -92,6 +92,11 @@ class Batches:
         page, has_more = await self._journal.page(tenant, after=after, limit=limit)
         return [await self._journal.view(batch) for batch in page], has_more
 
+    async def unfinished(self, most: int) -> list[tuple[Batch, Progress]]:
+        """The newest of all tenants' batches that are not finished, for operators."""
+        found = [await self._journal.find_active(batch_id) for batch_id in (await self._journal.active())[-most:]]
+        return [await self._journal.view(batch) for batch in reversed(found) if batch is not None]
+
     async def cancel(self, tenant: str, batch_id: str) -> tuple[Batch, Progress]:
         """Asking twice is asking once."""
         batch = await self._journal.find(tenant, batch_id)

@@ -18,6 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from app import settings
+from app.credentials import redis_password
 from app.errors import DependencyUnavailable
 
 CALL_TIMEOUT_S = 1.0
@@ -135,6 +136,7 @@ class RedisClaims:
     def __init__(self, redis: settings.Redis, lease_s: float, clock: Callable[[], float]) -> None:
         self._redis: Redis = Redis.from_url(
             redis.url,
+            password=redis_password(redis),
             retry=Retry(NoBackoff(), 0),
             socket_timeout=CALL_TIMEOUT_S,
             socket_connect_timeout=CALL_TIMEOUT_S,

@@ -231,6 +231,7 @@ class LineRuns:
         if request.model != batch.model:
             raise InvalidValue("All lines of a batch ask for the same model.", param="model")
         request.band = Band.BATCH
+        request.batch_id = batch.id
         return request
 
     async def _ask(self, request: InferenceRequest) -> bytes:

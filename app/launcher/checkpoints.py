@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,14 +91,14 @@ def _public_name(name: str) -> str:
 def read_checkpoint(directory: Path, model: str) -> Checkpoint:
     """The checkpoint in `directory`, under the public name `model`; its variant is in its manifest or in its config.
 
-    Raises LaunchError when it cannot be one.
+    Raises LaunchError when it cannot be one, ConfigurationError when its manifest is about other weights.
     """
     config = read_config(directory)
     weights = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
     if not weights:
         raise LaunchError(f"{directory}: no weights in there")
     path = directory / MANIFEST_FILE
-    manifest = Manifest.read(directory) if path.is_file() else None
+    manifest = Manifest.read_checked(directory) if path.is_file() else None
     quantization = manifest.quantization if manifest else _quantization(config)
     return Checkpoint(
         model=model,
@@ -128,6 +130,29 @@ def _made_from(directory: Path, base: Base) -> Checkpoint:
     if made_from != base.label:
         raise LaunchError(f"{directory} was made from {made_from!r}, not from {base.label!r}: choose another --name")
     return read_checkpoint(directory, base.model)
+
+
+def share_weights(made: Path, siblings: Path) -> None:
+    """Files of weights in `made` that another variant below `siblings` has too become links to that one's.
+
+    Variants that differ in config.json alone, such as tiers of experts per token, so take the room of one.
+    """
+    for manifest in sorted(siblings.glob(f"[!.]*/{MANIFEST_FILE}")):
+        try:
+            theirs = Manifest.read(manifest.parent).weights
+            equal = [name for name, ours in Manifest.weigh(made).items() if theirs.get(name) == ours]
+            for name in equal:
+                _link_if_equal(manifest.parent / name, made / name)
+        except (ConfigurationError, OSError):
+            continue  # a neighbour that is no use; what was made is whole without it
+
+
+def _link_if_equal(theirs: Path, ours: Path) -> None:
+    if os.path.samefile(theirs, ours) or not filecmp.cmp(theirs, ours, shallow=False):
+        return
+    link = ours.with_name(f".{ours.name}.link")
+    os.link(theirs, link)
+    link.replace(ours)
 
 
 def guess_weights_bytes(base: Base) -> int:

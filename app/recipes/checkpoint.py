@@ -11,39 +11,38 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from app.errors import LaunchError
+from app.recipes.hub import fetch
 from app.recipes.progress import Report
-from app.recipes.safetensors import quantization_method, read_config
 
 GGUF = ".gguf"
 
 
 @contextmanager
-def as_checkpoint(base: str, report: Report) -> Iterator[str]:
-    """The base as a directory or a hub id; a .gguf file is dequantized into a directory that lives for the block.
+def as_checkpoint(base: str, report: Report) -> Iterator[Path]:
+    """The base as a directory: a hub repository in the hub's cache, a .gguf file dequantized for as long as the block.
 
     llm-compressor goes back to where a model was loaded from until the result is written, and reads a config there.
     """
-    if Path(base).suffix != GGUF:
-        yield base
+    path = Path(base)
+    if not path.exists():
+        path = fetch(base, report)
+    if path.suffix != GGUF:
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="sluice-") as directory:
-        dequantize(Path(base), Path(directory), report)
-        yield directory
+        dequantize(path, Path(directory), report)
+        yield Path(directory)
 
 
-def load(base: str, report: Report) -> tuple[Any, Any]:
-    """(model, tokenizer) from a directory or a hub id; weights in float32, on the CPU.
-
-    Raises LaunchError when the base is quantized already.
-    """
-    path = Path(base)
-    if path.is_dir() and (method := quantization_method(read_config(path))):
-        raise LaunchError(f"{path.name} is quantized already ({method}); recipes start from plain weights")
-    report("reading the tokenizer", 0, None)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+def load_model(checkpoint: Path, report: Report) -> Any:
+    """The model in a directory; weights in float32, on the CPU."""
     report("reading the weights", 0, None)
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tokenizer
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def load_tokenizer(checkpoint: Path, report: Report) -> Any:
+    report("reading the tokenizer", 0, None)
+    return AutoTokenizer.from_pretrained(checkpoint)
 
 
 def save(model: Any, tokenizer: Any, output: Path, report: Report, **how: Any) -> None:
@@ -51,6 +50,8 @@ def save(model: Any, tokenizer: Any, output: Path, report: Report, **how: Any) -
     report("writing the checkpoint", 0, None)
     model.to(torch.bfloat16).save_pretrained(output, **how)
     tokenizer.save_pretrained(output)
+    # llm-compressor's own record of itself; ours is the manifest.
+    (output / "recipe.yaml").unlink(missing_ok=True)
 
 
 def dequantize(path: Path, output: Path, report: Report) -> None:

@@ -17,6 +17,10 @@ from app.errors import LaunchError
 HEADER_MAX_BYTES = 100_000_000  # the format's own limit
 # What quantization adds beside the weights is not a parameter of the model.
 AUXILIARY = ("_scale", "_zero_point", "_shape", "_g_idx", ".scales", ".qzeros")
+# compressed-tensors' pack-quantized format holds INT4 weights by eight in an int32.
+PACKED = ".weight_packed"
+NUMBERS_IN_A_PACK = 8
+EXPERT = ".experts."
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,11 @@ def _context_length(config: dict[str, Any]) -> int | None:
 
 
 def _count(file: Path) -> int:
+    return sum(size for _, size in _sizes(file))
+
+
+def _sizes(file: Path) -> list[tuple[str, int]]:
+    """Names of the parameters, and how many numbers each has."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > HEADER_MAX_BYTES:
@@ -79,4 +88,24 @@ def _count(file: Path) -> int:
         except ValueError:
             raise LaunchError(f"{file}: not a safetensors file") from None
     tensors = ((name, entry) for name, entry in header.items() if name != "__metadata__")
-    return sum(math.prod(entry["shape"]) for name, entry in tensors if not name.endswith(AUXILIARY))
+    return [(name, _numbers(name, entry["shape"])) for name, entry in tensors if not name.endswith(AUXILIARY)]
+
+
+def _numbers(name: str, shape: list[int]) -> int:
+    return math.prod(shape) * (NUMBERS_IN_A_PACK if name.endswith(PACKED) else 1)
+
+
+def activated_share(directory: Path) -> float:
+    """The share of a checkpoint's parameters that one token passes: 1 unless experts are chosen for it.
+
+    Experts are told by their tensors' names, how many of them are chosen by config.json. Raises LaunchError when
+    `directory` is not a checkpoint.
+    """
+    config = read_config(directory)
+    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
+    chosen = config.get("num_experts_per_tok")
+    if not (isinstance(experts, int) and isinstance(chosen, int) and 0 < chosen < experts):
+        return 1.0
+    sizes = [(EXPERT in name, size) for file in sorted(directory.glob("*.safetensors")) for name, size in _sizes(file)]
+    total, routed = sum(size for _, size in sizes), sum(size for is_expert, size in sizes if is_expert)
+    return 1.0 - routed / total * (1.0 - chosen / experts) if total else 1.0

@@ -78,16 +78,16 @@ class Answer:
 
 
 class WholeAnswer(Answer):
-    """An answer that came in one piece; its connection is free already."""
+    """An answer that came in one piece; its connection is free already. `body` until it is taken."""
 
-    __slots__ = ("_body",)
+    __slots__ = ("body",)
 
     def __init__(self, body: bytes) -> None:
         super().__init__(None, JSON_TYPE, is_streamed=False)
-        self._body = body
+        self.body = body
 
     async def next(self) -> bytes:
-        body, self._body = self._body, b""
+        body, self.body = self.body, b""
         self.is_whole = True
         return body
 

@@ -45,14 +45,15 @@ class Attempt:
         self.worker.in_flight -= 1
         self._left(self)
 
-    async def begin(self, request: InferenceRequest) -> bytes:
-        """Send `request`; the first bytes of a stream, or the whole of any other answer.
+    async def begin(self, request: InferenceRequest, trace: tuple[Header, ...]) -> bytes:
+        """Send `request`, with the headers of its trace; the first bytes of a stream, or the whole of any other answer.
 
         Raises GatewayError for what is the client's own fault, AttemptFailed for what is the worker's.
         """
         body = request.body_for(self.worker.address.served_model)
+        headers = ((b"x-request-id", request.id.encode()), *trace)
         try:
-            connection = self.connection = await self._upstream.send(request.route, _headers(request), body)
+            connection = self.connection = await self._upstream.send(request.route, headers, body)
         except ConnectFailed as error:
             raise AttemptFailed(
                 Fault.REFUSED, WorkerLost(f"No worker could be reached: {error}", retry_after_s=1)
@@ -129,7 +130,3 @@ def usage_of(body: bytes) -> TokenUsage | None:
         return usage_of_answer(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise AttemptFailed(Fault.GARBAGE, UpstreamBadResponse("The worker's answer is not JSON.")) from None
-
-
-def _headers(request: InferenceRequest) -> tuple[Header, ...]:
-    return ((b"x-request-id", request.id.encode()), *request.trace_headers)

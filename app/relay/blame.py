@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
 from app.errors import RequestQuarantined, WorkerLost
@@ -32,9 +32,9 @@ class Blame:
         self._clock = clock
         self._quarantine = Quarantine(limits.quarantine_s)
         self._deaths = Counter[str]()
-        self._casualties: dict[str, deque[tuple[float, Fingerprint]]] = {
-            worker.id: deque(maxlen=MOST_CASUALTIES) for worker in registry
-        }
+        self._casualties: defaultdict[str, deque[tuple[float, Fingerprint]]] = defaultdict(
+            lambda: deque(maxlen=MOST_CASUALTIES)
+        )
 
     def screen(self, request: InferenceRequest, candidates: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `candidates` that may get `request`. Raises RequestQuarantined."""
@@ -70,6 +70,11 @@ class Blame:
         """It was found dead: what it just held is suspect of having killed it."""
         self._deaths[worker.id] += 1
         self._suspect(worker)
+
+    def forget(self, worker: Worker) -> None:
+        """It is gone for good."""
+        self._deaths.pop(worker.id, None)
+        self._casualties.pop(worker.id, None)
 
     def left(self, attempt: Attempt) -> None:
         """The exchange of an attempt is over, and its connection was given back."""

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from app.catalogue import Cascade
 from app.errors import GatewayError, NoHealthyWorker
 from app.inference import InferenceRequest
 from app.relay.answer import Answer, BegunStream, StreamedAnswer, WholeAnswer
 from app.relay.attempt import Attempt, usage_of
 from app.relay.blame import Blame
+from app.relay.doubt import HeldStream, armed, disarmed, doubt_of, tokens_of
 from app.relay.refusal import AttemptFailed, Fault
 from app.relay.resumption import open_resumable
 from app.relay.retry_budget import RetryBudget
@@ -48,15 +50,31 @@ class Relay:
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
-        self._upstreams = {worker.id: Upstream(worker.address, limits, worker.progress) for worker in registry}
-        self._budgets = {
-            worker.variant.public_name: RetryBudget(limits.retry_share, limits.retries_per_s) for worker in registry
-        }
+        self._upstreams: dict[str, Upstream] = {}
+        self._budgets: dict[str, RetryBudget] = {}
         self._blame = Blame(registry, limits, clock)
+        registry.follow(self)
         registry.listen(self._on_state)
 
+    def joined(self, worker: Worker) -> None:
+        """Be ready to reach it, by the address that it has now."""
+        upstream = self._upstreams.get(worker.id)
+        if upstream is None:
+            self._upstreams[worker.id] = Upstream(worker.address, self._limits, worker.progress)
+        else:
+            upstream.address = worker.address
+
+    def left(self, worker: Worker) -> None:
+        """What it holds goes on."""
+
+    def forgotten(self, worker: Worker) -> None:
+        self._upstreams.pop(worker.id).close()
+        self._blame.forget(worker)
+
     def screen(self, request: InferenceRequest, candidates: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of `candidates` that may get `request`. Raises RequestQuarantined."""
+        """Those of `candidates` that may get `request`. Raises RequestQuarantined; NoHealthyWorker for none."""
+        if not candidates:  # those of a name that stands for nobody now
+            raise NoHealthyWorker("There is no worker of this model now. Please try again later.", retry_after_s=1)
         return self._blame.screen(request, candidates)
 
     async def open(
@@ -67,6 +85,25 @@ class Relay:
             return await self.attempt(request, slot, candidates, account)
         carriers = _Carriers(self, self._registry, slot, candidates, account, request)
         return await open_resumable(request, carriers, self._limits, account, self._metrics, self._clock)
+
+    async def open_doubted(
+        self, request: InferenceRequest, slot: Slot, candidates: tuple[str, ...], account: Account, cascade: Cascade
+    ) -> tuple[Answer, float]:
+        """The answer of a cascade's small variant, and how unsure of it that is. Raises GatewayError.
+
+        A stream's beginning has been waited for, and comes with the rest.
+        """
+        asking = armed(request, cascade.calibrated.top_logprobs)
+        answer = await self.attempt(asking, slot, candidates, account, blamed=request)
+        if not isinstance(answer, StreamedAnswer):
+            body = await answer.next()
+            return WholeAnswer(disarmed(body, request)), doubt_of(tokens_of(body), cascade)
+        held = HeldStream(answer.stream, request, account, self._clock)
+        try:
+            return held, doubt_of(await held.hear(cascade.hold_tokens), cascade)
+        except BaseException:
+            held.close()
+            raise
 
     def _resumes(self, request: InferenceRequest, slot: Slot) -> bool:
         wanted = request.tenant.resume
@@ -91,7 +128,7 @@ class Relay:
         retried = False
         for attempt in range(MOST_ATTEMPTS):
             worker = self._registry[slot.worker_id]
-            budget = self._budgets[worker.variant.public_name]
+            budget = self._budget(worker)
             if not attempt:
                 budget.request(self._clock())
             account.admitted(worker.variant.name, slot.waited_s)
@@ -99,6 +136,7 @@ class Relay:
                 return await self._attempt(request, worker, account, suspect)
             except AttemptFailed as error:
                 failure = error
+            account.attempt_failed(failure.fault)
             await self._note(worker, failure)
             self._blame.refuse_quarantined(suspect)
             if not failure.fault.is_free:
@@ -106,9 +144,18 @@ class Relay:
                     raise self._last_word(failure, candidates, worker)
                 retried = True
             self._metrics.retries.labels(failure.fault).inc()
+            account.redispatched(failure.fault)
             await slot.move(self._elsewhere(candidates, worker, failure.fault))
             await self._rest(self._registry[slot.worker_id])
         raise failure.error
+
+    def _budget(self, worker: Worker) -> RetryBudget:
+        """Of the worker's pool; there are as many as variants were ever configured."""
+        name = worker.variant.public_name
+        budget = self._budgets.get(name)
+        if budget is None:
+            budget = self._budgets[name] = RetryBudget(self._limits.retry_share, self._limits.retries_per_s)
+        return budget
 
     def close(self) -> None:
         for upstream in self._upstreams.values():
@@ -120,8 +167,8 @@ class Relay:
         sent = self._clock()
         attempt = Attempt(worker, self._upstreams[worker.id], blamed, self._blame.left, sent)
         try:
-            account.dispatched(sent)
-            begun = await attempt.begin(request)
+            account.dispatched(sent, worker.id)
+            begun = await attempt.begin(request, account.trace_headers)
             now = self._clock()
             account.first_byte(now)
             self._registry.took(worker, now - sent)
@@ -147,13 +194,14 @@ class Relay:
 
     def _elsewhere(self, candidates: tuple[str, ...], worker: Worker, fault: Fault) -> tuple[str, ...]:
         """Where to try again: on the same worker only if it has to be, or if all that it needed was a rest."""
-        others = tuple(other for other in candidates if other != worker.id)
+        others = tuple(other for other in candidates if other != worker.id and self._registry.find(other))
         if fault is not Fault.SATURATED and self._serves_besides(candidates, worker):
             return others
         return (*others, worker.id)
 
     def _serves_besides(self, candidates: tuple[str, ...], worker: Worker) -> bool:
-        return any(self._registry[other].condition.serves for other in candidates if other != worker.id)
+        others = (self._registry.find(other) for other in candidates if other != worker.id)
+        return any(other.condition.serves for other in others if other is not None)
 
     def _last_word(self, failure: AttemptFailed, candidates: tuple[str, ...], worker: Worker) -> GatewayError:
         """What the client hears when there is no other attempt: of a lost worker, whether any is left."""
@@ -188,11 +236,9 @@ class _Carriers:
     @property
     def others(self) -> tuple[str, ...]:
         mine = self.registry[self.slot.worker_id]
-        return tuple(
-            worker_id
-            for worker_id in self.candidates
-            if worker_id != mine.id and self.registry[worker_id].variant is mine.variant
-        )
+        known = (self.registry.find(worker_id) for worker_id in self.candidates if worker_id != mine.id)
+        same = mine.variant.public_name
+        return tuple(other.id for other in known if other is not None and other.variant.public_name == same)
 
     async def open(self, request: InferenceRequest) -> Answer:
         return await self.relay.attempt(request, self.slot, self.candidates, self.account, blamed=self.original)

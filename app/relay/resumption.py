@@ -157,6 +157,7 @@ class ResumableAnswer(StreamedAnswer):
         if request is None:
             return self._end(error, Resume.NOT_POSSIBLE)
         self._resumes_left -= 1
+        self._account.resuming(error)
         self.close()
         try:
             await self._carriers.move()
@@ -188,4 +189,5 @@ class ResumableAnswer(StreamedAnswer):
 
     def _count(self, outcome: Resume) -> None:
         self.resume = outcome
+        self._account.resumed(outcome)
         self._metrics.resumes.labels(outcome).inc()

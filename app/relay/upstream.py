@@ -274,13 +274,22 @@ class Upstream:
     """The connections to one worker: opened on demand, kept while idle, closed before the worker would close them."""
 
     def __init__(self, address: WorkerAddress, limits: Limits, progress: Progress | None = None) -> None:
-        self._address = address
+        self.address = address
         self._limits = limits
         self._progress = progress or Progress()
         self._carrying: set[Connection] = set()
         self._idle: deque[Connection] = deque()
         self._sweep: asyncio.TimerHandle | None = None
         self._is_closed = False
+
+    @property
+    def address(self) -> WorkerAddress:
+        """Where new connections go, and with which credentials."""
+        return self._address
+
+    @address.setter
+    def address(self, address: WorkerAddress) -> None:
+        self._address = address
         self._fixed = b"host: %s\r\ncontent-type: application/json\r\n" % address.id.encode()
         if address.api_key:
             self._fixed += b"authorization: Bearer %s\r\n" % address.api_key.encode()

@@ -60,9 +60,17 @@ class Router:
 
     def rank(self, pool: Sequence[Worker], request: InferenceRequest) -> Ranking:
         """The workers of `pool` for `request`, best first. With one worker there is nothing to decide."""
-        if len(pool) == 1:
-            return Ranking((_alone(pool[0]),))
+        if len(pool) <= 1:
+            return Ranking(tuple([_alone(worker) for worker in pool]))
         return self._order(pool, request)
+
+    def rank_pools(self, pools: Sequence[Sequence[Worker]], request: InferenceRequest) -> Ranking:
+        """The workers of several pools, those of the first before those of the next."""
+        ranked = [self.rank(pool, request) for pool in pools]
+        if len(ranked) == 1:
+            return ranked[0]
+        candidates = [candidate for ranking in ranked for candidate in ranking.candidates]
+        return Ranking(tuple(candidates), max([ranking.blocks for ranking in ranked], key=len))
 
     def sent(self, worker: Worker, blocks: Blocks) -> None:
         """A prompt went to `worker`, or its answer has ended there: its cache has these blocks, used just now.
@@ -77,9 +85,10 @@ class Router:
         self._index.remember(worker.id, blocks)
 
     def changed(self, worker: Worker) -> None:
-        """A worker's state changed. One that is lost comes back with an empty cache, if it does."""
-        if worker.condition.state is State.LOST:
+        """A worker's state changed. One that is lost, or leaves, comes back with an empty cache, if it does."""
+        if worker.condition.state in (State.LOST, State.LEAVING):
             self._index.forget(worker.id)
+            self._turns.pop(worker.id, None)
 
     def _bytes(self, tokens: int) -> int:
         return int(tokens * self._routing.bytes_per_token)

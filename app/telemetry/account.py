@@ -7,12 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import sub
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from app.errors import Draining, GatewayError, InvalidRequest, QueueTimeout, Unavailable
 from app.inference import Band, InferenceRequest, Outcome, Spent, TokenUsage
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics, Series
+from app.telemetry.refusals import Kind, Refusals
+from app.telemetry.trace_context import Header, trace_id_of
+from app.telemetry.tracing import (
+    BROKEN,
+    CASCADE,
+    QUEUE,
+    RECEIVE,
+    REDISPATCH,
+    RESUME,
+    ROUTE,
+    Ended,
+    RequestTrace,
+    Tracing,
+)
 
 Clock = Callable[[], float]
 
@@ -66,7 +80,7 @@ class Timeline:
 
 
 class Ttfts:
-    """The recent TTFT of interactive streams, by model: a mean in which each new one counts a fifth. Seconds."""
+    """The recent TTFT of streams, by model or variant: a mean in which each new one counts a fifth. Seconds."""
 
     def __init__(self) -> None:
         self._means: dict[str, tuple[float, float]] = {}
@@ -81,45 +95,92 @@ class Ttfts:
         return mean if now - noted <= TTFT_KEPT_S else None
 
 
+class Aside(NamedTuple):
+    """What was answered on one worker, and is not what the client gets."""
+
+    variant: str
+    series: Series | None
+    timeline: Timeline
+    usage: TokenUsage | None
+    spent: TokenUsage | Spent | None
+
+
 class Account:
     """Counts a request in flight until it is closed; observes everything about it, once, then.
 
     The outcome is decided by what it is closed with, the exception that passed through, or by `fail` for an answer that
     broke after its first byte, where no exception can reach the client any more.
+
+    `trace_headers` go with the next attempt. Without a trace they are the client's own, and nothing else is noted.
     """
 
     __slots__ = (
+        "_aside",
         "_broken",
         "_clock",
         "_log",
         "_metrics",
+        "_paces",
+        "_refusals",
         "_request",
         "_series",
         "_token_times",
+        "_trace",
+        "_tracing",
         "_ttfts",
         "timeline",
+        "trace_headers",
         "usage",
         "variant",
+        "variant_reason",
     )
 
     def __init__(
-        self, request: InferenceRequest, metrics: Metrics, log: RequestsLog, clock: Clock, ttfts: Ttfts
+        self,
+        request: InferenceRequest,
+        metrics: Metrics,
+        log: RequestsLog,
+        clock: Clock,
+        ttfts: Ttfts,
+        paces: Ttfts,
+        refusals: Refusals,
+        tracing: Tracing | None,
     ) -> None:
         self._request = request
+        self._refusals = refusals
+        self.trace_headers: tuple[Header, ...] = request.trace_headers
         self._ttfts = ttfts
+        self._paces = paces
         self._metrics = metrics
         self._log = log
         self._clock = clock
         self._series: Series | None = None
         self.variant = UNRESOLVED
+        self.variant_reason = ""
         self._broken: GatewayError | None = None
+        self._aside: Aside | None = None
         self.timeline = Timeline(request.arrived)
         self._token_times = self.timeline.token_times
         self.usage: TokenUsage | None = None
         metrics.in_flight.inc()
+        self._tracing = tracing
+        self._trace: RequestTrace | None = None
+        if tracing is not None:
+            self._begin(tracing)
 
     def __enter__(self) -> Self:
         return self
+
+    def _begin(self, tracing: Tracing) -> None:
+        self._trace, self.trace_headers = tracing.begin(self._request)
+        if self._trace is not None:
+            self._trace.enter(RECEIVE, self._request.arrived)
+            self._trace.enter(ROUTE, self._clock())
+
+    def queued(self) -> None:
+        """It is known who may serve it; it waits for one of them from now on."""
+        if self._trace is not None:
+            self._trace.enter(QUEUE, self._clock())
 
     def admitted(self, variant: str, waited_s: float) -> None:
         """A slot was granted, on a worker of `variant`. Said again after a move to a worker of another variant.
@@ -133,13 +194,42 @@ class Account:
         self.timeline.waited_s = waited_s
         self._series = self._metrics.series(self._request.resolved_model, variant, self._request.band)
 
-    def dispatched(self, now: float) -> None:
+    def dispatched(self, now: float, worker_id: str) -> None:
+        if self._trace is not None:
+            self.trace_headers = self._trace.attempt(now, worker_id, self.variant)
         if self.timeline.first_byte is None:
             self.timeline.dispatched = now
 
     def first_byte(self, now: float) -> None:
+        if self._trace is not None:
+            self._trace.first_byte(now, is_stream=self._request.stream)
         if self.timeline.first_byte is None:
             self.timeline.first_byte = now
+
+    def attempt_failed(self, fault: str) -> None:
+        """The attempt came to nothing."""
+        if self._trace is not None:
+            self._trace.fail(fault)
+
+    def redispatched(self, fault: str) -> None:
+        """There will be another attempt."""
+        if self._trace is not None:
+            now = self._clock()
+            self._trace.note(REDISPATCH, now, fault=fault)
+            self._trace.enter(QUEUE, now)
+
+    def resuming(self, error: GatewayError) -> None:
+        """The stream broke, and another worker is asked to go on."""
+        if self._trace is not None:
+            now = self._clock()
+            self._trace.fail(error.code)
+            self._trace.note(BROKEN, now, code=error.code)
+            self._trace.enter(QUEUE, now)
+
+    def resumed(self, result: str) -> None:
+        """It is known what came of a stream that broke."""
+        if self._trace is not None:
+            self._trace.note(RESUME, self._clock(), result=result)
 
     def token(self, now: float) -> None:
         """A token chunk came. Gaps are observed in bulk: counting each where it falls costs as much as relaying it."""
@@ -154,15 +244,41 @@ class Account:
             self._observe_gaps()
             return
         line.first_token = now
+        model = self._request.resolved_model
         if self._request.band is not Band.BATCH:
-            self._ttfts.note(self._request.resolved_model, now - line.arrived, now)
+            self._ttfts.note(model, now - line.arrived, now)
+        if line.dispatched is not None:
+            self._paces.note(f"{model}:{self.variant}", now - line.dispatched, now)
 
     def _observe_gaps(self) -> None:
         gaps = self.timeline.take_gaps()
         if self._series is not None:
             self._series.itl.observe_all(gaps)
 
+    def set_aside(self) -> None:
+        """What has been answered so far is not what the client gets; it has cost what it has. Once."""
+        self._aside = Aside(self.variant, self._series, self.timeline, self.usage, self._spent(None))
+        self._series, self.usage, self._broken = None, None, None
+        self.timeline = Timeline(self.timeline.arrived, self.timeline.waited_s)
+        self._token_times = self.timeline.token_times
+        if self._trace is not None:
+            now = self._clock()
+            self._trace.note(CASCADE, now)
+            self._trace.enter(QUEUE, now)
+
+    def take_back(self) -> None:
+        """The client gets what was set aside after all."""
+        if self._aside is not None:
+            self.variant, self._series, self.timeline, self.usage, _ = self._aside
+            self._token_times = self.timeline.token_times
+            self._aside = None
+
     def spent(self, error: BaseException | None) -> TokenUsage | Spent | None:
+        """What a request that ends with `error` used of its tenant's limits, what was set aside included."""
+        spent = self._spent(error)
+        return spent if self._aside is None else _together(self._aside.spent, spent)
+
+    def _spent(self, error: BaseException | None) -> TokenUsage | Spent | None:
         """What a request that ends with `error` used of its tenant's limits; None is nothing, it was not even made.
 
         Free of charge is what no worker began to answer, unless that is the client's doing: a request that it gave up
@@ -197,9 +313,25 @@ class Account:
         self._metrics.in_flight.dec()
         self._metrics.ended(model, self.variant, band, outcome, code, ended - self.timeline.arrived)
         usage = self._observe(self._series, ended, outcome) if self._series is not None else NOTHING_USED
+        if self._aside is not None:
+            usage = self._observe_aside(self._aside, usage)
         self._metrics.tenant_ended(self._request.tenant.name, outcome, usage)
+        if cause is not None:
+            self._refusals.note(Kind(outcome, code, model, self._request.tenant.name, band), ended)
         if self._log.wants(outcome):
             self._log.write(self._request, self, outcome, code, ended)
+        if self._trace is not None and self._tracing is not None:
+            end = Ended(ended, self._request, self.timeline, self.variant, self.usage, outcome, code, cause)
+            self._trace.end(ended, end.failure)
+            self._tracing.export.send(self._trace, end)
+
+    def _observe_aside(self, aside: Aside, used: TokenUsage) -> TokenUsage:
+        """Count the tokens of what was set aside where they were generated; all that was used."""
+        usage = aside.usage or TokenUsage(completion_tokens=aside.timeline.token_chunks)
+        if aside.series is not None:
+            aside.series.prompt_tokens.inc(usage.prompt_tokens)
+            aside.series.generation_tokens.inc(usage.completion_tokens)
+        return _sum(usage, used)
 
     def _observe(self, series: Series, ended: float, outcome: Outcome) -> TokenUsage:
         """Observe what happened on a worker; what was used there."""
@@ -222,6 +354,28 @@ class Account:
         return usage
 
 
+def _sum(one: TokenUsage, other: TokenUsage) -> TokenUsage:
+    return TokenUsage(
+        one.prompt_tokens + other.prompt_tokens,
+        one.completion_tokens + other.completion_tokens,
+        one.cached_tokens + other.cached_tokens,
+    )
+
+
+def _together(one: TokenUsage | Spent | None, other: TokenUsage | Spent | None) -> TokenUsage | Spent | None:
+    """What two attempts spent; unknown if it is of either."""
+    if one is None or other is None:
+        return one or other
+    if isinstance(one, TokenUsage) and isinstance(other, TokenUsage):
+        return _sum(one, other)
+    return Spent(
+        None if one.prompt_tokens is None or other.prompt_tokens is None else one.prompt_tokens + other.prompt_tokens,
+        None
+        if one.completion_tokens is None or other.completion_tokens is None
+        else one.completion_tokens + other.completion_tokens,
+    )
+
+
 def outcome_of(cause: BaseException | None) -> Outcome:
     """The outcome that `cause` means. A request that nobody waits for any more was cancelled, whoever stopped it.
 
@@ -232,7 +386,7 @@ def outcome_of(cause: BaseException | None) -> Outcome:
             return Outcome.COMPLETED
         case QueueTimeout():
             return Outcome.EXPIRED
-        case InvalidRequest() | Unavailable():
+        case InvalidRequest() | Unavailable() | GatewayError(status=429):
             return Outcome.REJECTED
         case asyncio.CancelledError(args=(code,)):
             return {CLIENT_STALLED: Outcome.CLIENT_STALLED, Draining.code: Outcome.FAILED}.get(code, Outcome.CANCELLED)
@@ -271,9 +425,11 @@ class RequestsLog:
             "request",
             request_id=request.id,
             client_request_id=request.client_id,
+            trace_id=trace_id_of(account.trace_headers),
             route=request.route.value,
             model=request.resolved_model,
             variant=account.variant,
+            variant_reason=account.variant_reason,
             tenant=request.tenant.name,
             band=request.band.value,
             stream=request.stream,
@@ -290,11 +446,19 @@ class RequestsLog:
 class Accounts:
     """Opens the account of each request."""
 
-    def __init__(self, metrics: Metrics, requests_log: RequestsLog, clock: Clock) -> None:
+    def __init__(
+        self, metrics: Metrics, requests_log: RequestsLog, clock: Clock, tracing: Tracing | None = None
+    ) -> None:
         self._metrics = metrics
         self._log = requests_log
         self._clock = clock
+        self._tracing = tracing
         self.ttfts = Ttfts()
+        self.paces = Ttfts()
+        """From dispatch to the first token, by variant."""
+        self.refusals = Refusals()
 
     def open(self, request: InferenceRequest) -> Account:
-        return Account(request, self._metrics, self._log, self._clock, self.ttfts)
+        return Account(
+            request, self._metrics, self._log, self._clock, self.ttfts, self.paces, self.refusals, self._tracing
+        )

@@ -26,6 +26,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from app.inference import Band, Outcome, TokenUsage
+from app.telemetry.tally import NOTHING_YET, Tally
 
 # vLLM's own bucket edges, so that gateway and engine panels overlay.
 TTFT_BUCKETS = (
@@ -81,6 +82,9 @@ DURATION_BUCKETS = (
 BATCH_BUCKETS = (1, 10, 60, 300, 900, 1800, 3600, 7200, 14400, 28800, 57600, 86400, 172800)
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
+SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.33, 2, 4, 10)
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -98,6 +102,10 @@ class QuickHistogram(Histogram):
         self._sum.inc(amount)
         self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
 
+    def counts(self) -> list[float]:
+        """How many fell into each bucket, of a child."""
+        return [bucket.get() for bucket in self._buckets]
+
     def observe_all(self, amounts: Sequence[float]) -> None:
         """Each of `amounts`. In order those of a bucket stand together, and there are few buckets."""
         ordered, begin = sorted(amounts), 0
@@ -109,6 +117,16 @@ class QuickHistogram(Histogram):
         self._sum.inc(sum(amounts))
 
 
+class ReadableCounter(Counter):
+    """A counter that tells what it has counted."""
+
+    @property
+    def count(self) -> float:
+        """Of a child, in this process."""
+        counted: float = self._value.get()
+        return counted
+
+
 class Metrics:
     """The series of one process."""
 
@@ -118,8 +136,8 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> QuickHistogram:
             return QuickHistogram(name, text, _LABELS, buckets=buckets, registry=registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+        def counter(name: str, text: str, *labels: str) -> ReadableCounter:
+            return ReadableCounter(name, text, labels, registry=registry)
 
         def gauge(name: str, text: str, *labels: str, across: str = "livesum") -> Gauge:
             return Gauge(name, text, labels, registry=registry, multiprocess_mode=across)  # type: ignore[arg-type]
@@ -172,6 +190,12 @@ class Metrics:
             "state",
             across="livemax",
         )
+        self.config_reloads = counter(
+            "sluice_config_reloads_total", "Changes of the configuration that were found.", "outcome"
+        )
+        self.config_current = gauge(
+            "sluice_config_reload_success", "0 while the latest configuration is refused.", across="livemin"
+        )
         self.retries = counter("sluice_retries_total", "Attempts that were repeated on another slot.", "reason")
         self.refused = counter("sluice_malformed_requests_total", "Requests refused before a route saw them.", "code")
         self.resumes = counter("sluice_resumes_total", "Resumable streams that broke, by what came of it.", "outcome")
@@ -186,6 +210,38 @@ class Metrics:
         self._shown_tenants: frozenset[str] = frozenset()
         self._tenant_ends: dict[tuple[str, Outcome], tuple[Counter, Counter, Counter]] = {}
         self.show_tenants(tenants)
+        self.variant_choices = counter(
+            "sluice_variant_choices_total", "Requests whose variant was chosen.", "model", "variant", "reason"
+        )
+        self.variant_steps = counter(
+            "sluice_variant_steps_total",
+            "Steps down under pressure and up again, from one variant to another.",
+            "model",
+            "from",
+            "to",
+            "reason",
+        )
+        self.shadows = counter(
+            "sluice_shadow_requests_total",
+            "Copies for a shadow variant, by what became of them.",
+            "model",
+            "variant",
+            "outcome",
+        )
+        self.shadow_agreement = Histogram(
+            "sluice_shadow_agreement_ratio",
+            "Words that a shadow's answer shares with the one that was returned.",
+            ("model", "variant"),
+            buckets=SHARE_BUCKETS,
+            registry=registry,
+        )
+        self.shadow_length = Histogram(
+            "sluice_shadow_length_ratio",
+            "Length of a shadow's answer by that of the one that was returned.",
+            ("model", "variant"),
+            buckets=RATIO_BUCKETS,
+            registry=registry,
+        )
         self.batch_lines = gauge("sluice_batch_lines", "Lines of unfinished batches.", "state", across="livemax")
         self.batch_lines_in_flight = gauge(
             "sluice_batch_lines_in_flight", "Lines that wait for a slot or are answered."
@@ -199,7 +255,7 @@ class Metrics:
             registry=registry,
         )
         self._series: dict[tuple[str, str, Band], Series] = {}
-        self._ends: dict[tuple[str, str, Band, Outcome, str], tuple[Counter, Histogram]] = {}
+        self._ends: dict[tuple[str, str, Band, Outcome, str], tuple[ReadableCounter, Histogram]] = {}
 
     def series(self, model: str, variant: str, band: Band) -> Series:
         """The children of one label set. Cached: looking each up costs more than the observation itself."""
@@ -242,6 +298,26 @@ class Metrics:
             inputs.inc(usage.prompt_tokens)
             outputs.inc(usage.completion_tokens)
 
+    def tallies(self) -> dict[str, Tally]:
+        """What each variant (`model:variant`) did so far, in this process alone; no request waits for it."""
+        found: dict[str, Tally] = {}
+        for (model, variant, _), series in self._series.items():
+            name = f"{model}:{variant}"
+            found[name] = found.get(name, NOTHING_YET) + series.tally()
+        for (model, variant, *_), (ended, _) in self._ends.items():
+            name = f"{model}:{variant}"
+            found[name] = found.get(name, NOTHING_YET) + Tally(ended=ended.count)
+        return found
+
+    def requests_in_flight(self) -> int:
+        """Of this process alone."""
+        return int(next(iter(self.in_flight.collect())).samples[0].value)
+
+    @property
+    def shared_directory(self) -> Path | None:
+        """Where the processes of this gateway keep what they share; None for one alone."""
+        return Path(os.environ[MULTIPROC_DIR]) if MULTIPROC_DIR in os.environ else None
+
     def exposition(self) -> bytes:
         """All series in Prometheus' text format; of all processes when there are several. Blocks for milliseconds."""
         if MULTIPROC_DIR not in os.environ:
@@ -280,14 +356,18 @@ def open_metrics(tenants: Sequence[str] = ()) -> Metrics:
 class Series:
     """The children that one (model, variant, band) writes to."""
 
-    ttft: Histogram
+    ttft: QuickHistogram
     queue_wait: Histogram
     upstream_first_byte: Histogram
     overhead: Histogram
     itl: QuickHistogram
     tpot: Histogram
     prompt_tokens: Counter
-    generation_tokens: Counter
+    generation_tokens: ReadableCounter
+
+    def tally(self) -> Tally:
+        ttfts = {bucket: count for bucket, count in enumerate(self.ttft.counts()) if count}
+        return Tally(self.generation_tokens.count, ttfts=ttfts)
 
     @classmethod
     def of(cls, metrics: Metrics, labels: tuple[str, str, Band]) -> Series:

@@ -20,6 +20,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from app import settings
+from app.credentials import redis_password
 from app.errors import ConfigurationError, SluiceError
 from app.tenancy.keys import Key
 
@@ -132,6 +133,7 @@ class RedisKeys:
     def __init__(self, redis: settings.Redis) -> None:
         self._client = Redis.from_url(
             redis.url,
+            password=redis_password(redis),
             socket_timeout=CALL_TIMEOUT_S,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),

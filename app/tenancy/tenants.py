@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from app import settings
 from app.inference import cache_salt
+from app.preference import Policy
 from app.tenant import ANONYMOUS, Band, Limits, Tenant
 
 STRANGERS = 4096
@@ -70,5 +71,6 @@ def tenant_of(name: str, terms: settings.TenantTerms, secret: bytes) -> Tenant:
         engine_fields=terms.engine_fields,
         resume=terms.resume,
         degrade=terms.degrade,
+        policy=Policy(terms.policy) if terms.policy else None,
         cache_salt="" if name == ANONYMOUS.name else cache_salt(secret, name),
     )

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -59,30 +59,53 @@ class Monitor:
         self._clock = clock
         self._offer = offer
         self._held = held
-        self._due: dict[str, asyncio.Event] = {worker.id: asyncio.Event() for worker in registry}
+        self._due: dict[str, asyncio.Event] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._is_running = False
         registry.listen(self._look_again)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            clients = [
-                await stack.enter_async_context(_client(worker.address, self._settings.probe_timeout_s))
-                for worker in self._registry
-            ]
-            tasks = [
-                asyncio.create_task(self._watch(client, worker))
-                for client, worker in zip(clients, self._registry, strict=True)
-            ]
-            try:
-                yield
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        self._is_running = True
+        self._registry.follow(self)
+        try:
+            yield
+        finally:
+            self._is_running = False
+            for worker_id in list(self._watches):
+                self._end(worker_id)
+            await asyncio.gather(*self._ending, return_exceptions=True)
+
+    def joined(self, worker: Worker) -> None:
+        """Watch it, by the address that it has now."""
+        self._end(worker.id)
+        if self._is_running:
+            self._due[worker.id] = asyncio.Event()
+            self._watches[worker.id] = asyncio.create_task(self._watch_over(worker))
+
+    def left(self, worker: Worker) -> None:
+        self._end(worker.id)
+
+    def forgotten(self, worker: Worker) -> None:
+        """Nothing is left of it here."""
+
+    def _end(self, worker_id: str) -> None:
+        self._due.pop(worker_id, None)
+        watch = self._watches.pop(worker_id, None)
+        if watch is not None:
+            self._ending.add(watch)
+            watch.add_done_callback(self._ending.discard)
+            watch.cancel()
 
     def _look_again(self, worker: Worker) -> None:
         """A state changed somewhere else (a request failed): do not wait for the next round."""
-        self._due[worker.id].set()
+        if due := self._due.get(worker.id):
+            due.set()
+
+    async def _watch_over(self, worker: Worker) -> None:
+        async with _client(worker.address, self._settings.probe_timeout_s) as client:
+            await self._watch(client, worker)
 
     async def _watch(self, client: httpx.AsyncClient, worker: Worker) -> None:
         due = self._due[worker.id]
@@ -136,7 +159,8 @@ class Monitor:
 
     def _change(self, worker: Worker, condition: transitions.Condition) -> None:
         self._registry.change(worker, condition)
-        self._due[worker.id].clear()
+        if due := self._due.get(worker.id):
+            due.clear()
 
     def _is_silent(self, worker: Worker) -> bool:
         """Whether it holds work of ours and nothing was heard of its engine for too long."""

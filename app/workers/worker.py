@@ -10,7 +10,8 @@
              unproven <── probe answered, time is over ──┘
 
 A worker is `ready` only after it generated a real token: vLLM answers `/health` with 200 while its engine is dead. So
-every way back leads through `unproven`, except from a rest, which says nothing against the worker. The ejection rule is
+every way back leads through `unproven`, except from a rest, which says nothing against the worker. From every state one
+leads to `leaving`: it is not in the configuration any more, and only finishes what it holds. The ejection rule is
 Envoy's outlier detection with consecutive failures.
 """
 
@@ -44,6 +45,7 @@ class State(StrEnum):
     EJECTED = "ejected"
     STALLED = "stalled"
     LOST = "lost"
+    LEAVING = "leaving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,11 @@ def probed(condition: Condition) -> Condition:
     if condition.state is State.LOST or condition.state is State.STALLED:
         return unproven(condition, "answers again, no token yet")
     return replace(condition, misses=0) if condition.misses else condition
+
+
+def leaving(condition: Condition) -> Condition:
+    """Nobody is to be sent to it any more."""
+    return _left(condition, State.LEAVING, "not in the configuration any more")
 
 
 def missed(condition: Condition, reason: str, limit: int) -> Condition:

@@ -13,7 +13,13 @@ import httpx
 
 from app.launcher.home import Home
 from app.launcher.machine import inspect_machine
-from app.launcher.processes import Engine, WorkerOptions, worker_arguments, worker_environment
+from app.launcher.processes import (
+    DEFAULT_MAX_NUM_SEQS,
+    Engine,
+    WorkerOptions,
+    worker_arguments,
+    worker_environment,
+)
 from tests.processes import Process, free_port
 
 MODEL, VARIANT = "smollm2", "dense"
@@ -36,6 +42,7 @@ class RealWorker:
 
     process: Process
     port: int
+    checkpoint: Path
 
     @property
     def url(self) -> str:
@@ -51,21 +58,30 @@ class RealWorker:
 
 
 @contextmanager
-def started_worker(served_model: str, *, core: int | None = None, dtype: str | None = None) -> Iterator[RealWorker]:
-    """Start the dense variant, on one core if it is named, and end it at last. Raises MissingEnvironment."""
+def started_worker(
+    served_model: str,
+    *,
+    variant: str = VARIANT,
+    core: int | None = None,
+    dtype: str | None = None,
+    max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+    extra: tuple[str, ...] = (),
+) -> Iterator[RealWorker]:
+    """Start a variant, on one core if it is named, and end it at last. Raises MissingEnvironment."""
     home, machine = Home.at(None, os.environ), inspect_machine()
     python = _required(home.environment("worker-cpu") / "bin" / "python", "vLLM's environment")
-    checkpoint = _required(home.checkpoint(MODEL, VARIANT), "a checkpoint")
+    checkpoint = _required(home.checkpoint(MODEL, variant), "a checkpoint")
     options = WorkerOptions(
         checkpoint=str(checkpoint),
         served_model=served_model,
         port=free_port(),
+        max_num_seqs=max_num_seqs,
         cores=() if core is None else (core,),
-        extra=() if dtype is None else ("--dtype", dtype),
+        extra=extra if dtype is None else ("--dtype", dtype, *extra),
     )
     environment = worker_environment(python, options, Engine.CPU, machine, os.environ)
     with Process(worker_arguments(python, options, Engine.CPU, machine), environment) as process:
-        yield RealWorker(process, options.port)
+        yield RealWorker(process, options.port, checkpoint)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -13,12 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.launcher import processes
-from app.launcher.home import Home
-from app.launcher.machine import inspect_machine
 from app.workers.vllm_metrics import EngineLoad, parse_engine_load
+from tests.contract.real_worker import RealWorker, started_worker
 from tests.integration.gateway.running import GatewayProcess
-from tests.processes import Process, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="session")]
 
@@ -30,26 +26,10 @@ MEASURED_S = 20.0
 SAMPLE_S = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class RealWorker:
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealWorker]:
-    home = Home.at(None, os.environ)
-    python, checkpoint = home.environment("worker-cpu") / "bin" / "python", home.checkpoint(MODEL, VARIANT)
-    assert checkpoint.exists(), f"no checkpoint at {checkpoint}: run `make test` once"
-    options = processes.WorkerOptions(str(checkpoint), MODEL, free_port(), max_num_seqs=TAKES)
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    spec = processes.worker(python, options, processes.Engine.CPU, inspect_machine(), os.environ, log)
-    with Process(spec.arguments, spec.environment) as process:
-        process.wait_for_line("Application startup complete", 300)
-        yield RealWorker(options.port)
+def worker() -> Iterator[RealWorker]:
+    with started_worker(MODEL, max_num_seqs=TAKES) as starting:
+        yield starting.proven()
 
 
 @asynccontextmanager

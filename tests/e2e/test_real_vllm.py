@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -16,14 +14,11 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 
-from app.launcher import processes
-from app.launcher.home import Home
-from app.launcher.machine import inspect_machine
 from tests.clients.conversations import QUESTION, Conversations, Served
+from tests.contract.real_worker import RealWorker, started_worker
 from tests.fakes.reading import DONE, events
 from tests.integration.gateway.running import GatewayProcess, until
 from tests.integration.gateway.wire import connected, dechunked
-from tests.processes import Process, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="session")]
 
@@ -33,32 +28,11 @@ SLOTS = 8
 CHAT = "/v1/chat/completions"
 
 
-@dataclass(frozen=True, slots=True)
-class RealWorker:
-    """A vLLM that listens."""
-
-    process: Process
-    port: int
-    checkpoint: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealWorker]:
+def worker() -> Iterator[RealWorker]:
     """The quantized default model on vLLM's CPU build, from the prepared home. Fails when `make up` never ran."""
-    home = Home.at(None, os.environ)
-    python, checkpoint = home.environment("worker-cpu") / "bin" / "python", home.checkpoint(MODEL, VARIANT)
-    assert python.exists(), f"no vLLM at {python}: run `make up` once"
-    assert checkpoint.exists(), f"no checkpoint at {checkpoint}: run `make up` once"
-    options = processes.WorkerOptions(str(checkpoint), f"{MODEL}:{VARIANT}", free_port(), max_num_seqs=SLOTS)
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    spec = processes.worker(python, options, processes.Engine.CPU, inspect_machine(), os.environ, log)
-    with Process(spec.arguments, spec.environment) as process:
-        process.wait_for_line("Application startup complete", START_TIMEOUT_S)
-        yield RealWorker(process, options.port, checkpoint)
+    with started_worker(f"{MODEL}:{VARIANT}", variant=VARIANT, max_num_seqs=SLOTS) as starting:
+        yield starting.proven()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

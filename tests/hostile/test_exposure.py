@@ -21,7 +21,17 @@ from tests.processes import free_port
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PASSWORD = "redis-canary-77d0"
-EVERYTHING = ["/v1/models", "/v1/models/m", "/healthz", "/readyz", "/metrics", "/nowhere", "/openapi.json", "/docs"]
+EVERYTHING = [
+    "/v1/models",
+    "/v1/models/m",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/nowhere",
+    "/openapi.json",
+    "/docs",
+    "/console",
+]
 
 
 def encoded(path: str) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from app.catalogue import Catalogue
-from app.credentials import SECRET_MAX_BYTES, read_secret, tls_failure
+from app.credentials import SECRET_MAX_BYTES, read_secret, redis_password, tls_failure
 from app.errors import ConfigurationError
-from app.settings import Settings, load_settings
+from app.settings import Redis, Settings, load_settings
 from tests.certificates import Authority
 
 
@@ -88,3 +88,27 @@ def test_settings_hold_no_key_of_a_worker() -> None:
 def test_what_is_not_about_tls_is_no_failure_of_it() -> None:
     assert tls_failure(ConnectionRefusedError(111, "refused")) is None
     assert tls_failure(None) is None
+
+
+@pytest.mark.parametrize(
+    ("redis", "fact"),
+    [
+        ("{url: 'redis://:x@h:1', password_file: f}", "redis: a password in url and password_file are both given"),
+        ("{password: x}", "redis.password: unknown key"),
+    ],
+)
+def test_a_redis_password_that_contradicts(tmp_path: Path, redis: str, fact: str) -> None:
+    path = tmp_path / "sluice.yaml"
+    path.write_text(f"redis: {redis}")
+    with pytest.raises(ConfigurationError) as told:
+        load_settings(path)
+    assert fact in str(told.value)
+
+
+def test_a_redis_password_is_read_where_it_is_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "password"
+    kept.write_text("the password\n".replace(" ", "-"))
+    assert redis_password(Redis(password_file=kept)) == "the-password"
+    assert redis_password(Redis()) is None
+    with pytest.raises(ConfigurationError, match="/nowhere/password: No such file"):
+        redis_password(Redis(password_file=Path("/nowhere/password")))

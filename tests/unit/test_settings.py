@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from app.catalogue import Catalogue, Manifest
+from app.catalogue import Catalogue, Manifest, VariantFacts
 from app.credentials import server_secret
 from app.errors import ConfigurationError, ModelNotFound
 from app.settings import is_loopback, load_settings
+from tests.unit.cards import card, quality
 
 DOCUMENTED = """
 listen: {host: 127.0.0.1, port: 8000, processes: 1}
@@ -108,6 +109,74 @@ def test_a_mistake_is_one_line_with_the_file_and_the_key(tmp_path: Path, text: s
     assert message.startswith(f"{path}: ")
     assert told in message
     assert "\n" not in message
+
+
+TWO = "variants: [{name: a, workers: [{url: 'http://h:1'}]}, {name: b, workers: [{url: 'http://h:2'}]}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("policy: best", "models.0.policy: "),
+        ("policy: cascade", "has the policy cascade and no cascade"),
+        ("quality_floor: 2", "models.0.quality_floor: "),
+        ("canary: {variant: c, percent: 5}", "has no variant 'c'"),
+        ("canary: {variant: b, percent: 101}", "models.0.canary.percent: "),
+        ("shadow: {variant: c}", "has no variant 'c'"),
+        ("cascade: {small: a, large: a}", "small and large are the same"),
+        ("cascade: {small: a, large: c}", "has no variant 'c'"),
+        ("aliases: [{name: x, variant: c}]", "has no variant 'c'"),
+        ("aliases: [x, x]", "the alias 'x' is a name already"),
+        ("aliases: ['m:a']", "models.0.aliases.0.name: "),
+        ("aliases: [m]", "the alias 'm' is a name already"),
+        ("aliases: [' x']", "models.0.aliases.0.name: "),
+        ("fallbacks: [m]", "is not another model"),
+        ("fallbacks: [n]", "is not another model"),
+        ("deprecated: 2026-02-01, sunset: 2026-01-01", "sunset is before deprecated"),
+        ("sunset: soon", "models.0.sunset: "),
+    ],
+)
+def test_a_mistake_in_how_variants_are_chosen(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(write(tmp_path, f"models: [{{name: m, {TWO}, {text}}}]"))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cascade_needs_a_threshold_or_a_card(tmp_path: Path) -> None:
+    text = f"models: [{{name: m, {TWO}, cascade: {{small: a, large: b}}}}]"
+    with pytest.raises(ConfigurationError, match="no threshold"):
+        Catalogue.of(load_settings(write(tmp_path, text)).models)
+
+
+def test_a_card_tells_what_is_chosen_by(tmp_path: Path) -> None:
+    step = {"escalated_share": 0.3, "agreement": 0.9}
+    table = [{"threshold": 0.4, "expected_quality": 0.99, **step}, {"threshold": 0.8, "expected_quality": 0.9, **step}]
+    unsure = {"measure": "margin", "window_tokens": 4, "top_logprobs": 3, "items": 9, "table": table}
+    cost = {"per_million_tokens": 0.5, "machine_price_per_hour": 1, "streams": 8}
+    speed = {"streams": 1, "ttft_p50_s": 0.2, "itl_p50_s": 0.1, "tokens_per_s": 10}
+    made = Manifest(
+        model="m",
+        variant="a",
+        base="b",
+        recipe="r",
+        weights_bytes=1,
+        parameters_count=1,
+        card=card(quality(0.9), uncertainty=[unsure], cost=cost, speed=[speed]),
+    )
+    made.write(tmp_path)
+    variants = (
+        f"[{{name: a, manifest: {tmp_path / 'sluice.json'}, workers: [{{url: 'http://h:1'}}]}},"
+        " {name: b, quality: 1, cost: 2, workers: [{url: 'http://h:2'}]}]"
+    )
+    text = f"models: [{{name: m, variants: {variants}, cascade: {{small: a, large: b, measure: margin}}}}]"
+    (model,) = Catalogue.of(load_settings(write(tmp_path, text)).models).models
+    assert [variant.facts for variant in model.variants] == [
+        VariantFacts(quality=0.9, cost=0.25, ttft_s=0.2),
+        VariantFacts(quality=1.0, cost=1.0),
+    ]
+    assert model.cascade is not None
+    assert (model.cascade.threshold, model.cascade.calibrated.window_tokens) == (0.4, 4)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

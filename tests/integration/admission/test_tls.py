@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import redis
 from app import settings
 from app.admission.ledger import Ledger, LedgerGone, Scripts, SharedRules
 from app.admission.roster import rules_of
+from app.tenancy.keys import Pepper, issue
+from app.tenancy.stores import KeysUnreadable, RedisKeys
 from tests.certificates import Authority
 from tests.fakes.fault_proxy import FaultProxy
 from tests.integration.admission.fleet import replica, ticket
@@ -34,6 +37,37 @@ async def test_leases_are_granted_over_tls(valkey: Valkey, tmp_path: Path) -> No
             assert not admission.is_degraded
             with await admission.admit(ticket()) as lease:
                 assert lease.worker_id == "w"
+
+
+async def test_keys_are_kept_over_tls(valkey: Valkey, tmp_path: Path) -> None:
+    """With a certificate of its own, as the ledger; a server that is not trusted is told nothing."""
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    issued = issue(Pepper(b""), "acme", datetime(2026, 1, 1, tzinfo=UTC))
+    async with FaultProxy(valkey.port, ours.strict_server(HERE)) as server:
+        store = RedisKeys(settings.Redis(url=server.url, tls=trusting(ours, **ours.client())))
+        assert server.url.startswith("rediss://")
+        await store.put(issued.key)
+        assert await store.read() == [issued.key]
+        assert await store.read() is None
+        await store.note_used([issued.key.id], "2026-01-01T00:00Z")
+        assert await store.used() == {issued.key.id: "2026-01-01T00:00Z"}
+        await store.aclose()
+    distrusted = [
+        (ours.strict_server(HERE), trusting(ours)),
+        (theirs.server(HERE), trusting(ours)),
+        (ours.server("other"), trusting(ours)),
+        (ours.server(HERE), None),
+    ]
+    for context, tls in distrusted:
+        async with FaultProxy(valkey.port, context) as server:
+            store = RedisKeys(settings.Redis(url=server.url, tls=tls))
+            with pytest.raises(KeysUnreadable):
+                await store.read()
+            await store.aclose()
+    async with FaultProxy(valkey.port, ours.server("other")) as server:
+        store = RedisKeys(settings.Redis(url=server.url, tls=trusting(ours, verify="chain")))
+        assert await store.read() == [issued.key]
+        await store.aclose()
 
 
 async def reason(server: FaultProxy, tls: settings.Tls | None) -> str:

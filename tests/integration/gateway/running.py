@@ -86,8 +86,10 @@ class GatewayProcess:
         admin: bool = False,
         key: str = "",
         admin_key: str = "",
+        wrapper: Sequence[str] = (),
         **settings: Any,
     ) -> None:
+        self._wrapper = wrapper
         self._key, self._admin_key = key, admin_key
         self.port = free_port()
         self.admin_port = free_port() if admin else self.port
@@ -95,10 +97,16 @@ class GatewayProcess:
         if admin:
             listeners["admin"] = {"port": self.admin_port}
         defaults = {"drain_notice_s": 0, "logs": {"requests": "all"}, "health": {"probe_interval_s": 0.2}}
-        config = {**defaults, **settings, **listeners}
-        self._config = directory / "gateway.yaml"
-        self._config.write_text(yaml.safe_dump({**config, "models": list(models)}), encoding="utf-8")
+        self._settings = {**defaults, **settings, **listeners, "models": list(models)}
+        self.config = directory / "gateway.yaml"
+        self.configure()
         self._process: Process | None = None
+
+    def configure(self, **settings: Any) -> None:
+        """Write the configuration, with these settings changed, in one step: a running gateway finds it."""
+        written = self.config.with_suffix(".new")
+        written.write_text(yaml.safe_dump({**self._settings, **settings}), encoding="utf-8")
+        written.replace(self.config)
 
     @property
     def url(self) -> str:
@@ -115,7 +123,7 @@ class GatewayProcess:
         self.http = httpx.AsyncClient(base_url=self.url, timeout=20, headers=_bearer(self._key))
         operators = f"http://127.0.0.1:{self.admin_port}"
         self.operators = httpx.AsyncClient(base_url=operators, timeout=20, headers=_bearer(self._admin_key))
-        self._process = start_gateway("--config", str(self._config))
+        self._process = start_gateway("--config", str(self.config), wrapper=self._wrapper)
         try:
             await asyncio.to_thread(self._process.wait_for_line, "Application startup complete", START_TIMEOUT_S)
         except BaseException:
@@ -141,7 +149,7 @@ class GatewayProcess:
 
         async def are_ready() -> bool:
             report = await self.workers()
-            return all(report[f"127.0.0.1:{worker.port}"]["state"] == "ready" for worker in workers)
+            return all(report.get(f"127.0.0.1:{worker.port}", {}).get("state") == "ready" for worker in workers)
 
         await until(are_ready, f"ready: {[worker.url for worker in workers]}", timeout_s)
 
@@ -184,7 +192,7 @@ def _bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def start_gateway(*arguments: str) -> Process:
-    """`python -m app gateway …`, without settings from this process' environment."""
+def start_gateway(*arguments: str, wrapper: Sequence[str] = ()) -> Process:
+    """`python -m app gateway …`, run by `wrapper`, without settings from this process' environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
-    return Process([sys.executable, "-m", "app", "gateway", *arguments], environment)
+    return Process([*wrapper, sys.executable, "-m", "app", "gateway", *arguments], environment)

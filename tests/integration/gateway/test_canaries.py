@@ -21,6 +21,7 @@ import redis
 
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
+from tests.integration.gateway.collector import Collector
 from tests.integration.gateway.running import GatewayProcess, issue_keys, model
 from tests.processes import Process, Valkey
 
@@ -31,12 +32,13 @@ USER = "canaryuser83b0"
 HEADER = "canaryheader27ce"
 WRONG_KEY = "canarywrongkey95aa"
 SECRET = "canarysecret40e2-of-the-server"
+TRACE = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": f"a={HEADER}"}
 PLANTED = (PROMPT, USER, HEADER, WRONG_KEY, SECRET)
 
 
 async def plant(gateway: GatewayProcess, worker: FakeWorker, key: str) -> None:
     """Good ends and bad ones, each with canaries in prompt, fields, headers and path. What is said comes back."""
-    headers = {"cookie": HEADER, "x-anything": HEADER, "tracestate": f"a={HEADER}", "referer": HEADER}
+    headers = {"cookie": HEADER, "x-anything": HEADER, "referer": HEADER, **TRACE}
 
     async def ask(**fields: Any) -> httpx.Response:
         body = {**chat(PROMPT, user=USER, metadata={"note": USER}), "x_note": USER, **fields}
@@ -115,7 +117,7 @@ async def test_canaries_are_found_nowhere(tmp_path: Path, own_valkey: Valkey) ->
     file, secret = tmp_path / "keys.yaml", tmp_path / "secret"
     secret.write_text(SECRET)
     keys = await issue_keys(file, "acme", admin="operators", secret=SECRET)
-    async with FakeWorker("m") as worker:
+    async with FakeWorker("m") as worker, Collector() as collector:
         async with GatewayProcess(
             tmp_path,
             [model("m", worker, max_concurrency=2)],
@@ -125,6 +127,7 @@ async def test_canaries_are_found_nowhere(tmp_path: Path, own_valkey: Valkey) ->
             auth={"enabled": True, "key_files": [str(file)], "secret_file": str(secret)},
             redis={"url": own_valkey.url},
             logs={"level": "debug", "requests": "all"},
+            tracing={"endpoint": collector.url, "flush_timeout_s": 20},
         ) as gateway:
             await gateway.ready(worker)
             made = (await gateway.operators.post("/admin/keys", json={"tenant": "acme"})).json()["key"]
@@ -139,6 +142,8 @@ async def test_canaries_are_found_nowhere(tmp_path: Path, own_valkey: Valkey) ->
             log = gateway.process.output
     assert '"event": "request"' in log
     assert all(json.loads(line) for line in log.splitlines() if line.startswith("{"))
+    assert len(collector.spans) > 100
+    left += repr(collector.raw) + repr(collector.headers)
     left += log + file.read_text() + gateway.process.output
     for canary in (*PLANTED, keys["acme"][10:], keys["operators"][10:], made[10:]):
         assert canary not in left

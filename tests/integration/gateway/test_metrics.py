@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
@@ -15,6 +16,7 @@ from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.conftest import House
 from tests.integration.gateway.running import GatewayProcess, Scrape, model, until
+from tests.integration.gateway.watching import DEADLINE_S, watching
 from tests.integration.gateway.wire import Wire, connected
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -265,3 +267,20 @@ async def test_a_process_that_dies_takes_its_gauges_with_it(twins: Twins) -> Non
     await twins.gateway.metric("sluice_requests_in_flight", 0, timeout_s=5)
     after = await twins.gateway.scrape()
     assert after.sum("sluice_requests_total") == before.sum("sluice_requests_total")
+
+
+async def test_the_console_of_either_process_shows_what_both_did(twins: Twins) -> None:
+    bad = {"model": "m", "messages": "none"}
+    async with AsyncExitStack() as stack:
+        wires = await to_both(stack, twins)
+        for wire in wires * 2:
+            await wire.post(CHAT, bad)
+            assert (await wire.answer())[0] == 400
+    async with httpx.AsyncClient(base_url=twins.gateway.url, timeout=30) as http:
+        for _ in range(4):
+            async with watching(http) as viewer, asyncio.timeout(DEADLINE_S):
+                await viewer.snapshot()
+                seen = await viewer.snapshot()  # the other process tells once a second
+                while sum(row["count"] for row in seen["refusals"] if row["code"] == "invalid_value") != 4:
+                    seen = await viewer.snapshot()
+                assert seen["processes"] == 2

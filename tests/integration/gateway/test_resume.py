@@ -23,6 +23,8 @@ GAP_S = 1.0
 WORDS = ["één", " 漢字", " three", ",", " four", " 🙂"]
 TEXT = "".join(WORDS)
 USAGE = {"include_usage": True}
+ADMISSION = {"no_worker_timeout_s": 0.3, "trust_tenant_header": True}
+TENANTS = [{"name": "keen", "resume": True}, {"name": "wary", "resume": False}]
 OUTCOMES = ("resumed", "failed", "not_possible")
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHAT, chat(TEXT, model="pair", temperature=0)),
@@ -61,7 +63,7 @@ async def _shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hou
         # Every stream is cut here, on workers that have to stay.
         relay = {"gap_timeout_s": GAP_S, "failures_until_ejected": 100}
         house.gateway = await stack.enter_async_context(
-            GatewayProcess(directory, models, admission={"no_worker_timeout_s": 0.3}, relay=relay)
+            GatewayProcess(directory, models, admission=ADMISSION, relay=relay, tenants=TENANTS)
         )
         yield house
 
@@ -81,10 +83,12 @@ def lost(body: dict[str, Any], fault: str) -> dict[str, Any]:
     return {**body, "metadata": {"x_fault": fault}}
 
 
-async def stream(url: str, path: str, body: dict[str, Any]) -> tuple[list[Event], bool, str]:
+async def stream(url: str, path: str, body: dict[str, Any], tenant: str = "") -> tuple[list[Event], bool, str]:
     """The events of a stream, whether its HTTP body was ended in order, and what was said about resuming."""
     async with connected(url) as wire:
-        await wire.post(path, {**body, "stream": True}, {"content-type": "application/json", "x-request-id": "same"})
+        headers = {"content-type": "application/json", "x-request-id": "same"}
+        headers |= {"x-sluice-tenant": tenant} if tenant else {}
+        await wire.post(path, {**body, "stream": True}, headers)
         head = (await wire.until(b"\r\n\r\n")).decode()
         assert " 200 " in head
         try:
@@ -270,3 +274,19 @@ async def test_other_models_are_not_resumed(home: House) -> None:
         {"model", "messages", "temperature", "metadata", "stream", "stream_options"}
     ]
     assert await outcomes(home) == before
+
+
+async def test_a_tenants_word_outranks_its_models(home: House) -> None:
+    """Who asked for it gets it on any model, who declined gets it on none; others get what the model says."""
+    plain, pair = [chat(TEXT, model=name, temperature=0) for name in ("plain", "pair")]
+    for worker in home.plain:  # from now on it knows its token ids
+        await stream(worker.url, CHAT, plain)
+    before = await outcomes(home)
+    got, in_order, told = await stream(home.gateway.url, CHAT, lost(plain, "die_after:4"), "keen")
+    pieces = [event.json["choices"][0]["delta"].get("content") for event in got[:-1]]
+    assert ("".join(filter(None, pieces)), got[-1].data) == (TEXT, DONE)
+    assert (in_order, told) == (True, "armed resumed")
+    for body, tenant in ((pair, "wary"), (plain, "somebody")):
+        got, in_order, told = await stream(home.gateway.url, CHAT, lost(body, "die_after:4"), tenant)
+        assert (got[-1].json["error"]["code"], in_order, told) == ("worker_lost", False, "")
+    await counted(home, before, "resumed")

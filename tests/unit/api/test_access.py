@@ -58,6 +58,10 @@ def test_s3_every_route_has_declared_who_may_ask_for_it() -> None:
         ("/docs", Access.ADMIN),
         ("/openapi.json", Access.ADMIN),
         ("/admin/queue", Access.ADMIN),
+        ("/admin/live", Access.ADMIN),
+        ("/console", Access.PAGE),
+        ("/console/console.js", Access.PAGE),
+        ("/console/chat/completions", Access.ADMIN),
         ("/admin/keys/key_1", Access.ADMIN),
         ("/admin/keys/key_1/rotate", Access.ADMIN),
     ],
@@ -87,7 +91,9 @@ class Known:
 NOBODY, TENANT, OPERATOR = Known(None), Known(Caller(ANONYMOUS, False)), Known(Caller(ANONYMOUS, True))
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models/x", "/healthz", "/metrics", "/docs", "/nowhere"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/models/x", "/healthz", "/metrics", "/docs", "/console", "/nowhere"]
+)
 @pytest.mark.parametrize("caller", [NOBODY, TENANT, OPERATOR])
 @pytest.mark.parametrize("port", [PUBLIC, ADMIN])
 @pytest.mark.parametrize("admin_port", [None, ADMIN])
@@ -103,9 +109,9 @@ def test_the_guard(path: str, caller: Known, port: int, admin_port: int | None) 
     access = RULES.of(path)
     expected: type[Exception] | None = None
     if access is not Access.PROBE:
-        if admin_port is not None and (port == ADMIN) is not (access is Access.ADMIN):
+        if admin_port is not None and (port == ADMIN) is not (access in (Access.ADMIN, Access.PAGE)):
             expected = RouteNotFound
-        elif caller is NOBODY:
+        elif access is not Access.PAGE and caller is NOBODY:
             expected = InvalidApiKey
         elif access is Access.ADMIN and caller is TENANT:
             expected = PermissionDenied

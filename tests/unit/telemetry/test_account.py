@@ -10,8 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
-from app.errors import InvalidValue, NoHealthyWorker, QueueTimeout, UpstreamTimeout, WorkerLost
-from app.inference import Band, InferenceRequest, Outcome, Route, TokenUsage
+from app.errors import (
+    InsufficientQuota,
+    InvalidValue,
+    NoHealthyWorker,
+    QueueTimeout,
+    RateLimitExceeded,
+    TenantQueueFull,
+    UpstreamTimeout,
+    WorkerLost,
+)
+from app.inference import Band, InferenceRequest, Outcome, Route, Spent, TokenUsage
 from app.telemetry.account import GAPS_AT_ONCE, Accounts, RequestsLog, Timeline, code_of, outcome_of
 from app.telemetry.metrics import ITL_BUCKETS, Metrics, QuickHistogram
 
@@ -67,7 +76,7 @@ def test_a_streamed_answer(desk: Desk) -> None:
     with desk.accounts.open(desk.request()) as account:
         assert desk.value("requests_in_flight") == 1
         account.admitted("v", waited_s=0.5)
-        account.dispatched(100.6)
+        account.dispatched(100.6, "w")
         account.first_byte(101.0)
         account.token(101.5)
         account.token(101.7)
@@ -135,6 +144,9 @@ def test_the_line_in_the_log_has_the_metrics_code_and_nothing_of_the_prompt(desk
         (None, Outcome.COMPLETED, ""),
         (InvalidValue(""), Outcome.REJECTED, "invalid_value"),
         (NoHealthyWorker(""), Outcome.REJECTED, "no_healthy_worker"),
+        (RateLimitExceeded(""), Outcome.REJECTED, "rate_limit_exceeded"),
+        (InsufficientQuota(""), Outcome.REJECTED, "insufficient_quota"),
+        (TenantQueueFull(""), Outcome.REJECTED, "tenant_queue_full"),
         (QueueTimeout(""), Outcome.EXPIRED, "queue_timeout"),
         (WorkerLost(""), Outcome.FAILED, "worker_lost"),
         (UpstreamTimeout(""), Outcome.FAILED, "upstream_timeout"),
@@ -171,11 +183,11 @@ def test_one_token_has_no_time_per_output_token() -> None:
 def test_going_on_on_another_worker_is_no_new_beginning(desk: Desk) -> None:
     with desk.accounts.open(desk.request()) as account:
         account.admitted("v", waited_s=0.5)
-        account.dispatched(100.6)
+        account.dispatched(100.6, "w")
         account.first_byte(101.0)
         account.token(101.5)
         account.admitted("v", waited_s=3.5)
-        account.dispatched(104.0)
+        account.dispatched(104.0, "w")
         account.first_byte(104.5)
         account.token(105.0)
     assert desk.value("queue_wait_seconds_sum", **LABELS) == pytest.approx(0.5)
@@ -206,3 +218,39 @@ def test_the_quick_histogram_counts_as_the_library_does(amounts: list[float]) ->
             }
         )
     assert shown[0] == pytest.approx(shown[1]) == shown[2]
+
+
+def test_what_was_set_aside_is_paid_for_and_counted_where_it_was_generated() -> None:
+    desk = Desk()
+    account = desk.accounts.open(desk.request())
+    account.admitted("small", 0.5)
+    account.dispatched(101.0, "w")
+    account.first_byte(102.0)
+    account.usage = TokenUsage(10, 4)
+    account.set_aside()
+    assert account.spent(None) == TokenUsage(10, 4)
+    account.admitted("v", 0.5)
+    account.dispatched(103.0, "w")
+    account.first_byte(104.0)
+    account.token(104.0)
+    assert account.spent(None) == Spent(None, 5)
+    account.usage = TokenUsage(10, 6)
+    assert account.spent(None) == TokenUsage(20, 10)
+    account.close(None)
+    assert desk.value("generation_tokens_total", model="m", variant="small", band="default") == 4
+    assert desk.value("generation_tokens_total", **LABELS) == 6
+    assert desk.value("tenant_tokens_total", tenant="other", direction="output") == 10
+    assert desk.value("requests_total", **LABELS, outcome="completed", code="") == 1
+
+
+def test_what_was_set_aside_can_be_taken_back() -> None:
+    desk = Desk()
+    account = desk.accounts.open(desk.request())
+    account.admitted("v", 0.0)
+    account.first_byte(102.0)
+    account.usage = TokenUsage(10, 4)
+    account.set_aside()
+    account.take_back()
+    assert account.spent(None) == TokenUsage(10, 4)
+    account.close(None)
+    assert desk.value("generation_tokens_total", **LABELS) == 4

@@ -1,4 +1,4 @@
-"""The base itself, as a checkpoint that vLLM serves."""
+"""The Hugging Face hub: repositories as they are, into a directory or into the hub's own cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 from huggingface_hub import HfApi, snapshot_download
@@ -14,7 +13,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import filter_repo_objects
 
 from app.errors import LaunchError
-from app.recipes.checkpoint import dequantize, load, save
 from app.recipes.progress import Report
 
 # Weights in other formats, and the copies of the original training code, double the download.
@@ -23,24 +21,28 @@ REASON_CHARS = 300
 WATCH_INTERVAL_S = 0.5
 
 
-def make(base: str, output: Path, _parameters: dict[str, Any], report: Report) -> None:
-    """A hub repository is downloaded as it is, quantized or not; anything local is read and written in bfloat16."""
-    path = Path(base)
-    if not path.exists():
-        _download(base, output, report)
-    elif path.is_file():
-        dequantize(path, output, report)
-    else:
-        save(*load(base, report), output, report)
-
-
-def _download(repository: str, output: Path, report: Report) -> None:
-    try:
+def download(repository: str, output: Path, report: Report) -> None:
+    """A repository's checkpoint into `output`. Raises LaunchError."""
+    with _hub_errors(repository):
         files = HfApi().model_info(repository, files_metadata=True).siblings or []
         names = list(filter_repo_objects([file.rfilename for file in files], allow_patterns=list(WANTED)))
         total = sum(file.size or 0 for file in files if file.rfilename in set(names))
         with _watched(output, total, report):
             snapshot_download(repository, local_dir=output, allow_patterns=names)
+
+
+def fetch(repository: str, report: Report) -> Path:
+    """Where a repository's checkpoint lies in the hub's cache, downloaded if need be. Raises LaunchError."""
+    report("downloading", 0, None)
+    with _hub_errors(repository):
+        return Path(snapshot_download(repository, allow_patterns=list(WANTED)))
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """Turns the many ways in which a download fails into one line."""
+    try:
+        yield
     except HFValidationError:
         raise LaunchError(f"{repository}: neither a path that exists nor a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, httpx.HTTPError) as error:

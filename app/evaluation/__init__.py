@@ -1,0 +1,1 @@
+"""`sluice evaluate`: measures variants, writes their cards, and the page that compares them."""

@@ -1,0 +1,1 @@
+"""The recipes for real, on a tiny model, inside their own environment."""
