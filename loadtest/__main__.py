@@ -50,6 +50,7 @@ from loadtest.prefix import section as prefix_section
 from loadtest.processes import ProcessError
 from loadtest.report import circumstances, figures_table, render, verdicts, with_section
 from loadtest.scenarios.command import COMMANDS
+from loadtest.swarm.command import COMMANDS as SWARM_COMMANDS
 from loadtest.targets import Target, targets
 from loadtest.vllm_worker import versions
 
@@ -146,7 +147,7 @@ def adaptive_command(rounds: int, seconds: float, output: Path | None) -> None:
     _write(output or RESULTS, adaptive_section(found, plan, versions()))
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, *SWARM_COMMANDS):
     main.add_command(command)
 
 

@@ -25,6 +25,7 @@ SLOW = (
     "tests/integration/batches/test_faults.py",
     "tests/integration/admission/test_equivalence.py",
     "tests/integration/admission/test_invariants.py",
+    "tests/integration/test_locust.py",
     "tests/hostile/test_openapi_fuzz.py",
     "tests/monitoring/test_series.py",
 )

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from app.api.dependencies import RuntimeOf
+from app.runtime import Runtime
 from app.telemetry.metrics import CONTENT_TYPE
 
 probes = APIRouter(tags=["operations"])
@@ -31,13 +32,14 @@ async def ready(runtime: RuntimeOf, request: Request) -> Response:
         }
         for worker in runtime.registry
     }
-    if runtime.drain.is_quiet:
-        status = "draining"
-    elif runtime.is_ailing():
-        status = "ailing"  # its processes keep dying
-    else:
-        status = "ready" if runtime.registry.any_ready else "not ready"
+    status = _status(runtime)
     return JSONResponse({"status": status, "workers": workers}, status_code=200 if status == "ready" else 503)
+
+
+@probes.head("/health", include_in_schema=False)
+@probes.get("/health", summary="vLLM's probe, which its clients ask before they start: 200 when ready, nothing more")
+async def health(runtime: RuntimeOf) -> Response:
+    return Response(status_code=200 if _status(runtime) == "ready" else 503)
 
 
 @routes.get("/metrics", summary="All series, in Prometheus' text format", response_class=Response)
@@ -45,3 +47,11 @@ async def metrics(runtime: RuntimeOf) -> Response:
     runtime.gauges.write()
     # Reading several processes' files takes milliseconds, which streams should not notice.
     return Response(await asyncio.to_thread(runtime.metrics.exposition), media_type=CONTENT_TYPE)
+
+
+def _status(runtime: Runtime) -> str:
+    if runtime.drain.is_quiet:
+        return "draining"
+    if runtime.is_ailing():
+        return "ailing"  # its processes keep dying
+    return "ready" if runtime.registry.any_ready else "not ready"

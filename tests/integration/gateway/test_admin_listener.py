@@ -11,7 +11,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 OPERATORS = ["/metrics", "/docs", "/openapi.json"]
 CLIENTS = ["/v1/models", "/v1/models/m"]
-PROBES = ["/healthz", "/readyz"]
+PROBES = ["/health", "/healthz", "/readyz"]
 
 
 @pytest.mark.parametrize("path", OPERATORS)

@@ -35,7 +35,16 @@ async def test_it_is_valid(gateway: GatewayProcess) -> None:
 
 async def test_every_route_is_described(gateway: GatewayProcess) -> None:
     described = await document(gateway)
-    operators = {"/healthz", "/readyz", "/metrics", "/admin/queue", "/admin/limits", "/admin/tenants"}
+    operators = {
+        "/health",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/admin/queue",
+        "/admin/limits",
+        "/admin/tenants",
+        "/admin/reload",
+    }
     operators |= {"/admin/keys", "/admin/keys/{key_id}", "/admin/keys/{key_id}/rotate"}
     files = {"/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content"}
     batches = {"/v1/batches", "/v1/batches/{batch_id}", "/v1/batches/{batch_id}/cancel"}
@@ -67,7 +76,7 @@ async def test_every_route_says_who_may_ask_and_how_it_refuses(gateway: GatewayP
             for status in refusals:
                 schema = operation["responses"][status]["content"][JSON]["schema"]
                 assert schema == {"$ref": "#/components/schemas/ErrorBody"}
-    assert probes == {"/healthz", "/readyz"}
+    assert probes == {"/health", "/healthz", "/readyz"}
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ async def test_it_says_so_and_serves_on_until_load_balancers_have_noticed(tmp_pa
             return answer.status_code == 503 and answer.json()["status"] == "draining"
 
         await until(is_quiet, "readiness says draining")
+        assert (await gateway.http.get("/health")).status_code == 503
         async with connected(gateway.url) as new:
             await new.post(CHAT, chat("a b c"))
             status, headers, _ = await new.answer()

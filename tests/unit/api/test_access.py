@@ -51,6 +51,7 @@ def test_s3_every_route_has_declared_who_may_ask_for_it() -> None:
         *((route.value, Access.TENANT) for route in Route),
         ("/v1/models", Access.TENANT),
         ("/v1/models/a/b:c", Access.TENANT),
+        ("/health", Access.PROBE),
         ("/healthz", Access.PROBE),
         ("/readyz", Access.PROBE),
         ("/metrics", Access.ADMIN),
