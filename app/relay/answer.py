@@ -164,7 +164,7 @@ class StreamedAnswer(Answer):
                     if part:
                         write(part)
                     if not connection.is_over:  # all that has come was taken
-                        return
+                        break
             except Exception as error:  # noqa: BLE001 - a callback: the error belongs to who awaits `done`
                 if not done.done():
                     done.set_exception(error)
@@ -176,6 +176,9 @@ class StreamedAnswer(Answer):
         try:
             arrived()
             await done
+        except asyncio.CancelledError:
+            if not self.is_whole:  # else the client has all of it, as in `_await_end`
+                raise
         finally:
             sink.on_pause(None)
             connection.listen(None)
