@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from app.admission.fairness import Debt, Kind, Place, Queue, Rules
-from app.catalogue import Catalogue, Manifest
+from app.catalogue import Catalogue
 from app.inference import InferenceRequest, Route
+from app.manifest import Manifest
 from app.routing.chooser import Chooser
 from app.routing.variant_choice import Choice
 from app.settings import Logs, Model

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.card import Cost, MeasuredOn, SparseUse, Speed
-from app.catalogue import Manifest
 from app.evaluation.resampling import shortened
+from app.manifest import Manifest
 
 SECONDS_PER_HOUR = 3600
 FLOPS_PER_PARAMETER = 2  # a multiplication and an addition for each weight that a token passes

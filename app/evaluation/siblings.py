@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.card import Card
-from app.catalogue import MANIFEST_FILE, Manifest
 from app.errors import ConfigurationError
 from app.launcher.checkpoints import DENSE
 from app.launcher.home import Home
+from app.manifest import MANIFEST_FILE, Manifest
 from app.recipes.safetensors import read_facts
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.catalogue import MANIFEST_FILE, Manifest
 from app.errors import ConfigurationError, LaunchError
 from app.launcher.home import Home
+from app.manifest import MANIFEST_FILE, Manifest
 from app.settings import NAME
 
 DENSE = "dense"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from app.catalogue import Manifest
 from app.errors import LaunchError
+from app.manifest import Manifest
 from app.recipes.calibration import Calibration, read_calibration
 from app.recipes.checkpoint import as_checkpoint, dequantize, load_model, load_tokenizer, save
 from app.recipes.hub import download

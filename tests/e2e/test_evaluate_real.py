@@ -18,10 +18,10 @@ from random import Random
 import pytest
 
 from app.card import Card
-from app.catalogue import Manifest
 from app.evaluation.offline import BUNDLED
 from app.launcher.environments import HARNESS
 from app.launcher.home import Home
+from app.manifest import Manifest
 from tests.processes import ROOT, Process
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]

@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.catalogue import Manifest
 from app.launcher import processes
 from app.launcher.home import Home
 from app.launcher.machine import inspect_machine
+from app.manifest import Manifest
 from tests.processes import Process, free_port
 
 # Minutes each on a busy machine, and most of them are not made by `make test`.

@@ -19,10 +19,10 @@ import httpx
 import psutil
 import pytest
 
-from app.catalogue import Manifest
 from app.launcher.checkpoints import BUNDLED_BASE
 from app.launcher.environments import STAMP, WORKER_CPU, Installer
 from app.launcher.home import Home, locked
+from app.manifest import Manifest
 from tests.processes import ROOT, FakeWorkerProcess, Process, free_port
 
 READY = r"^Ready\. Serving"

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from app.card import Card
-from app.catalogue import Manifest
 from app.launcher.environments import HARNESS, RECIPES, STAMP, WORKER_CPU, Environment, Installer
 from app.launcher.home import Home
+from app.manifest import Manifest
 from tests.integration.gateway.running import GatewayProcess
 from tests.processes import ROOT, Process, free_port
 from tests.unit.cards import card, quality

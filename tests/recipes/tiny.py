@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from app.catalogue import Manifest
 from app.errors import SluiceError
+from app.manifest import Manifest
 from app.recipes.book import find_recipe
 from app.recipes.clustering import balanced, directions
 from app.recipes.making import Order, make_variant

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from app.card import Card, gate
-from app.catalogue import Manifest
 from app.errors import ConfigurationError
+from app.manifest import Manifest
 from app.settings import QualityGate
 from tests.unit.cards import card, quality
 

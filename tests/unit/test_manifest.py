@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from app import settings
-from app.catalogue import MANIFEST_FILE, Catalogue, Manifest
+from app.catalogue import Catalogue
 from app.errors import ConfigurationError
 from app.launcher.checkpoints import read_checkpoint, share_weights
+from app.manifest import MANIFEST_FILE, Manifest
 
 SIZE = 3_000_000
 WEIGHTS = "model.safetensors"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from app.catalogue import Catalogue, Manifest, VariantFacts
+from app.catalogue import Catalogue, VariantFacts
 from app.credentials import server_secret
 from app.errors import ConfigurationError, ModelNotFound
+from app.manifest import Manifest
 from app.settings import is_loopback, load_settings
 from tests.unit.cards import card, quality
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from app.catalogue import Manifest
+from app.manifest import Manifest
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import renamed, unstamped
 from tests.integration.gateway.running import GatewayProcess, until

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from app.card import MeasuredOn, Speed
-from app.catalogue import Manifest
 from app.evaluation.economics import bytes_per_parameter, cost, kv_bytes, sparse_use
+from app.manifest import Manifest
 
 SPEEDS = [
     Speed(streams=8, ttft_p50_s=1, itl_p50_s=0.1, tokens_per_s=100),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from app.catalogue import Manifest
 from app.errors import ConfigurationError, LaunchError
 from app.launcher.checkpoints import (
     BUNDLED_BASE,
@@ -20,6 +19,7 @@ from app.launcher.checkpoints import (
     resolve_base,
 )
 from app.launcher.home import Home
+from app.manifest import Manifest
 
 
 def write_checkpoint(directory: Path, **config: Any) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.card import Speed
-from app.catalogue import Manifest
+from app.manifest import Manifest
 from loadtest.elastic import FORMS, ElasticPlan, Form, capacity_per_s, form_of, measure
 from tests.unit.cards import card, quality
 
