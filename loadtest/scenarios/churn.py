@@ -206,9 +206,13 @@ class Churn:
         self._progress.set()
         if sum(self.endings.values()) % REPORT_EVERY == 0:
             print(f"  {self.asked:,} asked; {dict(self.endings.most_common(4))}", flush=True)
+        # Not at once: an end may be told from inside the call that would be its own successor's.
+        asyncio.get_running_loop().call_soon(self._ask_again)
+
+    def _ask_again(self) -> None:
+        """Several may have ended since, and each wants a successor: no more than the plan has."""
         if self.asked < self._plan.requests:
-            # Not at once: an end may be told from inside the call that would be its own successor's.
-            asyncio.get_running_loop().call_soon(self._ask)
+            self._ask()
 
 
 async def measure(plan: ChurnPlan) -> Found:
