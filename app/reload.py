@@ -83,6 +83,8 @@ class Reload:
         self._rules = settings.reload
         self._names = Names(settings.reload, log)
         self._found = Found()
+        self._changing = asyncio.Lock()
+        """Held from reading to adopting: what was read earlier must not be adopted later."""
         self._seen = self._pending = self._signature(settings)
         metrics.config_current.set(1)
 
@@ -90,12 +92,14 @@ class Reload:
     async def running(self) -> AsyncIterator[None]:
         """Follow names and files. At the start every name was asked for once. Raises ConfigurationError."""
         loop, asked = asyncio.get_running_loop(), asyncio.Event()
+        # Before the first reading: a change that is signalled meanwhile is looked at afterwards.
         is_signalled = self._source is not None and _heeds(loop, asked)
-        await self._take(await self._latest())
-        tasks = [asyncio.create_task(task) for task in (self._follow_names(), self._sweep(), self._heed(asked))]
-        if self._rules.watch_interval_s:
-            tasks.append(asyncio.create_task(self._follow_files()))
+        tasks: list[asyncio.Task[None]] = []
         try:
+            await self._begin()
+            tasks = [asyncio.create_task(task) for task in (self._follow_names(), self._sweep(), self._heed(asked))]
+            if self._rules.watch_interval_s:
+                tasks.append(asyncio.create_task(self._follow_files()))
             yield
         finally:
             if is_signalled:
@@ -104,13 +108,16 @@ class Reload:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _latest(self) -> Settings:
-        """What to begin with: a process that replaces another comes with what the file said when the first began."""
+    async def _begin(self) -> None:
+        """With what the file says now: a process that replaces another comes with what it said when the first began.
+
+        Where that is refused, as the other processes have refused it, with what they have. Raises ConfigurationError.
+        """
         try:
-            return await self._read()
+            await self._take(await self._read())
         except ConfigurationError as error:
             self._note(Outcome.REFUSED, reason=str(error))
-            return self.settings
+            await self._take(self.settings)
 
     async def _read(self) -> Settings:
         """What the file says now. Raises ConfigurationError, also for a change that needs a restart."""
@@ -121,7 +128,8 @@ class Reload:
     async def now(self) -> Outcome:
         """Read everything again. Raises ConfigurationError when it is refused; then all is as it was."""
         try:
-            has_changed = await self._take(await self._read())
+            async with self._changing:
+                has_changed = await self._take(await self._read())
         except ConfigurationError as error:
             self._note(Outcome.REFUSED, reason=str(error))
             raise
@@ -176,14 +184,13 @@ class Reload:
     async def _follow_names(self) -> None:
         while True:
             await asyncio.sleep(self._rules.dns_interval_s)
-            names = names_in(self.settings.models, self._found)
-            if not names:
-                continue
-            addresses = await self._names.look_up(names)
-            if addresses != self._found.addresses:
-                await self._adopt_addresses(addresses)
+            async with self._changing:
+                names = names_in(self.settings.models, self._found)
+                addresses = await self._names.look_up(names) if names else self._found.addresses
+                if addresses != self._found.addresses:
+                    self._adopt_addresses(addresses)
 
-    async def _adopt_addresses(self, addresses: Mapping[str, tuple[str, ...]]) -> None:
+    def _adopt_addresses(self, addresses: Mapping[str, tuple[str, ...]]) -> None:
         found = Found(addresses, self._found.listed)
         try:
             catalogue = Catalogue.of(expanded(self.settings.models, found))

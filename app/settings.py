@@ -207,7 +207,7 @@ class Worker(Part):
     @field_validator("dns")
     @classmethod
     def _is_a_name(cls, dns: str | None) -> str | None:
-        if dns is not None and not DNS_NAME.match(dns):
+        if dns is not None and not (DNS_NAME.match(dns) and 0 < int(dns.rpartition(":")[2]) < 65536):
             raise ValueError("a worker's dns is NAME:PORT")
         return dns
 

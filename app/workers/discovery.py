@@ -123,7 +123,7 @@ class Names:
             if error.errno in NOBODY:
                 return self._answered(name, ())
             return self._unanswered(name, error.strerror or str(error))
-        except OSError as error:  # a timeout is one as well
+        except (OSError, UnicodeError) as error:  # a timeout is the former, a label that no name has the latter
             return self._unanswered(name, str(error) or "no answer in time")
         hosts = sorted({str(address[0]) for *_, address in found})
         return self._answered(name, tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -134,6 +135,26 @@ def spoiled(config: dict[str, Any], fault: str) -> bytes:
     else:
         config["models"].append({**config["models"][0], "name": "n"})
     return yaml.safe_dump(config).encode()
+
+
+async def test_a_process_that_is_replaced_while_a_file_is_refused_begins_with_what_the_others_have(
+    tmp_path: Path,
+) -> None:
+    """Else its failure to start would end them all."""
+    two = {"listen": {"processes": 2}}
+    async with FakeWorker("m") as worker, running(tmp_path, worker, **two) as gateway:
+        config = yaml.safe_load(gateway.config.read_text())
+        gateway.config.write_bytes(spoiled(config, "a manifest that is not there"))
+        await noted(gateway, "refused", 2)
+        children = psutil.Process(gateway.process.pid).children()
+        next(child for child in children if "spawn_main" in " ".join(child.cmdline())).kill()
+
+        async def has_begun() -> bool:
+            """The two of the start, and the one in the place of the killed one."""
+            return gateway.process.output.count("Application startup complete") == 3
+
+        await until(has_begun, "another process has begun", 60)
+        assert await asked(gateway) == 200
 
 
 async def test_a_huge_file_is_not_read(tmp_path: Path) -> None:

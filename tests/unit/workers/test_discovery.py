@@ -100,6 +100,18 @@ async def test_a_name_that_nobody_has_stands_for_nobody() -> None:
     assert not found.get("nobody.invalid:1")
 
 
+async def test_what_cannot_be_a_name_is_not_answered() -> None:
+    """A label of more than 63 characters: Python refuses it in its own way, and the other names are still asked for."""
+    found = await Names(Reload(), structlog.get_logger()).look_up([f"{'a' * 64}.test:1", "127.0.0.5:1"])
+    assert found == {"127.0.0.5:1": ("127.0.0.5:1",)}
+
+
+@pytest.mark.parametrize("dns", ["pods", "pods:0", "pods:65536", "http://pods:1", ":1"])
+def test_a_name_has_a_port(dns: str) -> None:
+    with pytest.raises(ValueError, match="NAME:PORT"):
+        Worker(dns=dns)
+
+
 async def test_addresses_are_bounded() -> None:
     names = Names(Reload(workers_per_name=1), structlog.get_logger())
     found = await names.look_up(["localhost:9000"])
