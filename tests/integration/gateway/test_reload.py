@@ -143,17 +143,20 @@ async def test_a_process_that_is_replaced_while_a_file_is_refused_begins_with_wh
     """Else its failure to start would end them all."""
     two = {"listen": {"processes": 2}}
     async with FakeWorker("m") as worker, running(tmp_path, worker, **two) as gateway:
+
+        async def begun(count: int) -> None:
+            async def have_begun() -> bool:
+                return gateway.process.output.count("Application startup complete") == count
+
+            await until(have_begun, f"{count} processes have begun", 60)
+
+        await begun(2)
         config = yaml.safe_load(gateway.config.read_text())
         gateway.config.write_bytes(spoiled(config, "a manifest that is not there"))
         await noted(gateway, "refused", 2)
         children = psutil.Process(gateway.process.pid).children()
         next(child for child in children if "spawn_main" in " ".join(child.cmdline())).kill()
-
-        async def has_begun() -> bool:
-            """The two of the start, and the one in the place of the killed one."""
-            return gateway.process.output.count("Application startup complete") == 3
-
-        await until(has_begun, "another process has begun", 60)
+        await begun(3)
         assert await asked(gateway) == 200
 
 
