@@ -20,7 +20,6 @@ from app.admission import ledger
 from app.admission.census import Census
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place
 from app.admission.ledger import (
-    CALL_TIMEOUT_S,
     Answer,
     Arrived,
     Call,
@@ -150,7 +149,7 @@ class RedisAdmission(QueuedAdmission):
         self._log = log
         self._clock = clock
         self._renew_s = limits.lease_s / RENEWALS_PER_LEASE
-        settle_s = self._renew_s + 2 * CALL_TIMEOUT_S
+        settle_s = self._renew_s + 2 * redis.call_timeout_s
         self._census = Census(replicas, memory_s=limits.lease_s, settle_s=settle_s)
         self._reap_s = limits.lease_s / REAPS_PER_LEASE
         shared_rules = SharedRules(

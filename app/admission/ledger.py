@@ -32,7 +32,6 @@ from app.errors import ConfigurationError
 from app.settings import Redis, Tls
 
 LAYOUT = 2
-CALL_TIMEOUT_S = 1.0
 CONNECT_TIMEOUT_S = 0.5
 MIN_REDIS = (7, 0)
 NEVER_EVICTS = "noeviction"
@@ -294,7 +293,7 @@ class Ledger:
             self.doubt = _check_server(await self._ask(b"INFO"), self._redis)
             await self._load()
             self._listener = await _connected(self._redis, self._tls)
-            async with _bounded():
+            async with _bounded(self._redis.call_timeout_s):
                 await self._listener.send_packed_command(_packed(b"SUBSCRIBE", self._channel), check_health=False)
                 await self._listener.read_response(disable_decoding=True)
         except BaseException:
@@ -312,7 +311,7 @@ class Ledger:
     async def exchange(self, calls: Sequence[Call]) -> list[Outcome]:
         """Send all calls in one write and read their outcomes. Raises LedgerGone; then nothing is known of any call."""
         outcomes: list[Outcome | None] = [None] * len(calls)
-        async with _bounded():
+        async with _bounded(self._redis.call_timeout_s):
             due = list(range(len(calls)))
             due = await self._send(calls, due, outcomes)
             if due:
@@ -389,7 +388,7 @@ class Ledger:
             await self._ask(b"SCRIPT", b"LOAD", source)
 
     async def _ask(self, *words: bytes) -> Any:
-        return await _asked(self._held(), *words)
+        return await _asked(self._held(), self._redis.call_timeout_s, *words)
 
 
 async def check(redis: Redis) -> None:
@@ -397,7 +396,7 @@ async def check(redis: Redis) -> None:
     with suppress(LedgerGone):
         connection = await _connected(redis, _context_of(redis))
         try:
-            _check_server(await _asked(connection, b"INFO"), redis)
+            _check_server(await _asked(connection, redis.call_timeout_s, b"INFO"), redis)
         finally:
             await connection.disconnect(nowait=True)
 
@@ -419,13 +418,13 @@ async def _connected(redis: Redis, tls: SSLContext | None) -> Connection:
     if isinstance(connection, SSLConnection):
         # redis-py's own would trust the system's authorities beside the one that is configured.
         connection.ssl_context.context = tls
-    async with _bounded():
+    async with _bounded(redis.call_timeout_s):
         await connection.connect()  # type: ignore[no-untyped-call]
     return connection
 
 
-async def _asked(connection: Connection, *words: bytes) -> Any:
-    async with _bounded():
+async def _asked(connection: Connection, timeout_s: float, *words: bytes) -> Any:
+    async with _bounded(timeout_s):
         await connection.send_packed_command(_packed(*words), check_health=False)
         return await connection.read_response(disable_decoding=True)
 
@@ -433,8 +432,9 @@ async def _asked(connection: Connection, *words: bytes) -> Any:
 class _bounded:  # noqa: N801 - used as a statement
     """Time-limits the block, and tells every way that a server can fail as LedgerGone."""
 
-    def __init__(self) -> None:
-        self._timeout = asyncio.timeout(CALL_TIMEOUT_S)
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._timeout = asyncio.timeout(timeout_s)
 
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()
@@ -443,7 +443,7 @@ class _bounded:  # noqa: N801 - used as a statement
         try:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError:
-            raise LedgerGone(f"no answer within {CALL_TIMEOUT_S:g} s") from None
+            raise LedgerGone(f"no answer within {self._timeout_s:g} s") from None
         if isinstance(error, (RedisError, OSError)):
             raise LedgerGone(_shown(error)) from None
 

@@ -21,7 +21,6 @@ from app import settings
 from app.credentials import redis_password
 from app.errors import DependencyUnavailable
 
-CALL_TIMEOUT_S = 1.0
 SUBJECTS_PER_CALL = 512
 RENEWAL_MAX_S = 1.0
 OPENING = "-opening-"
@@ -138,11 +137,12 @@ class RedisClaims:
             redis.url,
             password=redis_password(redis),
             retry=Retry(NoBackoff(), 0),
-            socket_timeout=CALL_TIMEOUT_S,
-            socket_connect_timeout=CALL_TIMEOUT_S,
+            socket_timeout=redis.call_timeout_s,
+            socket_connect_timeout=redis.call_timeout_s,
             max_connections=8,
         )
         self._prefix = f"{{{redis.prefix}}}:claims:"
+        self._timeout_s = redis.call_timeout_s
         self._lease_s = lease_s
         self._settle_s = 2 * renewal_s(lease_s)
         self._clock = clock
@@ -199,7 +199,7 @@ class RedisClaims:
     async def _asked(self, call: Awaitable[Any] | Any) -> Any:
         """The answer, None if there was none."""
         try:
-            async with asyncio.timeout(2 * CALL_TIMEOUT_S):
+            async with asyncio.timeout(2 * self._timeout_s):
                 return await call
         except (RedisError, OSError, TimeoutError):
             return None

@@ -24,7 +24,6 @@ from app.credentials import redis_password
 from app.errors import ConfigurationError, SluiceError
 from app.tenancy.keys import Key
 
-CALL_TIMEOUT_S = 1.0
 CONNECT_TIMEOUT_S = 0.5
 FILE_MAX_BYTES = 16 * 1024 * 1024
 MOST_KEYS = 100_000
@@ -134,7 +133,7 @@ class RedisKeys:
         self._client = Redis.from_url(
             redis.url,
             password=redis_password(redis),
-            socket_timeout=CALL_TIMEOUT_S,
+            socket_timeout=redis.call_timeout_s,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
             max_connections=2,

@@ -19,6 +19,8 @@ MOVED_CLOCK = f"local function now_us() return tonumber(redis.call('GET', '{CLOC
 SCRIPTS = Scripts(MOVED_CLOCK)
 LEASE_US = 15_000_000
 SETTLE_US = 6_000_000
+PATIENCE_S = 30.0
+"""A machine that stands still for a while is not what these tests are about."""
 
 RULES = Rules(
     tenant_limit=5,
@@ -53,7 +55,7 @@ class Replica:
     ) -> None:
         self.name = name
         shared = SharedRules(rules, lease_us=LEASE_US, settle_us=SETTLE_US, replicas=replicas)
-        self.ledger = Ledger(Redis(url=url), name, shared, scripts)
+        self.ledger = Ledger(Redis(url=url, call_timeout_s=PATIENCE_S), name, shared, scripts)
 
     async def __aenter__(self) -> Self:
         await self.ledger.open()

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import redis
 
+from app import settings
+from app.admission.ledger import Ledger, LedgerGone, Scripts, SharedRules
 from app.errors import DependencyUnavailable, Overloaded
 from tests.fakes.fault_proxy import FaultProxy
+from tests.integration.admission.driving import RULES
 from tests.integration.admission.fleet import (
     Dump,
     gauge,
@@ -29,6 +32,7 @@ from tests.integration.admission.fleet import (
 from tests.processes import Valkey
 
 WAIT_ON_REDIS_S = 1.5
+SHARED = SharedRules(RULES, lease_us=1_500_000, settle_us=500_000, replicas=1)
 
 
 @pytest.fixture
@@ -407,3 +411,15 @@ async def test_no_grant_reaches_another_through_cancelled_waits(
         await until(lambda: is_told(valkey.url, one))
         assert Dump(valkey.url).leases == set()
         assert Dump(valkey.url).depth == {}
+
+
+async def test_a_server_that_accepts_and_is_silent_is_lost_after_the_configured_time() -> None:
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+        ledger = Ledger(settings.Redis(url=url, call_timeout_s=0.25), "r", SHARED, Scripts())
+        with pytest.raises(LedgerGone, match=r"no answer within 0.25 s"):
+            await ledger.open()
