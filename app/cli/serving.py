@@ -134,7 +134,7 @@ def worker(
         from app.launcher.machine import inspect_machine
         from app.launcher.processes import WorkerOptions, worker_arguments, worker_environment
     machine = inspect_machine()
-    choice = require_installed(choose_engine(engine_named(engine), home_at(home), machine))
+    choice = require_installed(choose_engine(engine_named(engine), home_at(home), machine), machine)
     given = {name: value for name, value in given.items() if value is not None}
     options = WorkerOptions(cores=core_ids(cores), extra=vllm_arguments, **given)
     arguments = worker_arguments(choice.python, options, choice.engine, machine)

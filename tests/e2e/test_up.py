@@ -321,6 +321,14 @@ def test_what_cannot_work_is_one_line(site: Site, options: list[str], status: in
     assert message in errors[0]
 
 
+def test_a_machine_without_libnuma_is_told_before_anything_is_made(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "libnuma.so.1").write_bytes(b"no library")
+    status, errors = site.failed(environ={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert status == 1
+    assert errors[0].startswith("error: vLLM's CPU build needs libnuma.so.1: `apt-get install libnuma1`")
+    assert len(errors) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
