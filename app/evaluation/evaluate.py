@@ -82,6 +82,10 @@ class Order:
     def wants(self, part: Part) -> bool:
         return self.only in {None, part}
 
+    def measures(self, sibling: Sibling) -> bool:
+        """Quality is held against the dense sibling's own answers; speed needs nobody beside."""
+        return self.only != "speed" or not self.variants or sibling.name in self.variants
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:
@@ -107,7 +111,8 @@ def evaluate(order: Order, steps: Steps) -> Path | None:
     siblings = find_siblings(order.home, order.model, order.variants)
     if not order.report:
         with locked(make_directory(order.home.root) / "evaluate.lock", wait_s=0):
-            siblings = Evaluation(order, steps, siblings).cards()
+            measured = {sibling.name: sibling for sibling in Evaluation(order, steps, siblings).cards()}
+        siblings = [measured.get(sibling.name, sibling) for sibling in siblings]
     return write_page(order.output, siblings) if order.output else None
 
 
@@ -123,12 +128,15 @@ def write_page(directory: Path, siblings: Sequence[Sibling]) -> Path:
 
 
 class Evaluation:
-    """One run over several siblings, the dense one first: the others' answers are held against its."""
+    """One run over several siblings, the dense one first: the others' answers are held against its.
+
+    Where it is speed alone of variants that were named, only these are run.
+    """
 
     def __init__(self, order: Order, steps: Steps, siblings: Sequence[Sibling]) -> None:
         self._order = order
         self._steps = steps
-        self._siblings = siblings
+        self._siblings = [sibling for sibling in siblings if order.measures(sibling)]
         self._text = offline.Text.at(order.texts)
         self._machine = inspect_machine()
         self._choice = choose_engine(order.engine, order.home, self._machine)

@@ -158,6 +158,18 @@ def test_measuring_speed_anew_keeps_the_quality(bench: Bench) -> None:
     assert (after.quality, after.seed) == (before.quality, 1)
 
 
+def test_the_speed_of_one_variant_needs_no_other(bench: Bench) -> None:
+    bench.put_variant("w8a8")
+    assert bench.evaluate("--only", "quality", "--items", "0")[0] == 0
+    dense = bench.card("dense")
+    assert bench.evaluate("--only", "speed", "--variants", "w8a8")[0] == 0
+    small = bench.card("w8a8")
+    assert small is not None
+    assert len(small.speed) == 2
+    assert bench.card("dense") == dense
+    assert "`w8a8`" in (bench.output / "variants.md").read_text()
+
+
 def test_what_the_engine_refuses_has_its_words_and_the_others_are_measured(bench: Bench) -> None:
     bench.put_variant("refused")
     bench.put_variant("unreadable")
