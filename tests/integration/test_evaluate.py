@@ -131,7 +131,9 @@ def test_every_variant_gets_its_card_and_the_page_compares_them(bench: Bench) ->
     assert small.gate
     assert small.gate.passed
     assert "`w8a8`" in (bench.output / "variants.md").read_text()
-    assert "w8a8" in (bench.output / "variants.svg").read_text()
+    picture = (bench.output / "variants.svg").read_text()
+    assert "w8a8" in picture
+    assert picture in (bench.output / "variants.html").read_text()
 
 
 def test_the_same_seed_gives_the_same_quality(bench: Bench) -> None:
