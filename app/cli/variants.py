@@ -112,7 +112,7 @@ def assignment(text: str) -> tuple[str, str]:
 @click.command(epilog=EVALUATE_EXAMPLES)
 @click.argument("model")
 @click.option("--variants", metavar="A,B", default="", help="Which to measure, beside dense.  [default: all there are]")
-@click.option("--output", type=click.Path(path_type=Path), help="Directory for variants.md and its picture.")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory for the page: variants.md, .html, .svg.")
 @click.option("--report", is_flag=True, help="Measure nothing: write the page from cards that are there.")
 @click.option("--only", type=click.Choice(["quality", "speed"]), help="Measure this anew, keep the rest of each card.")
 @click.option("--texts", type=click.Path(path_type=Path), help="Text to compare on (JSON Lines with a `text`).")

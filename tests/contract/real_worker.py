@@ -62,15 +62,16 @@ def started_worker(
     served_model: str,
     *,
     variant: str = VARIANT,
+    checkpoint: Path | None = None,
     core: int | None = None,
     dtype: str | None = None,
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
     extra: tuple[str, ...] = (),
 ) -> Iterator[RealWorker]:
-    """Start a variant, on one core if it is named, and end it at last. Raises MissingEnvironment."""
+    """Start a variant of the default model, or `checkpoint`; on one core if it is named. Raises MissingEnvironment."""
     home, machine = Home.at(None, os.environ), inspect_machine()
     python = _required(home.environment("worker-cpu") / "bin" / "python", "vLLM's environment")
-    checkpoint = _required(home.checkpoint(MODEL, variant), "a checkpoint")
+    checkpoint = _required(checkpoint or home.checkpoint(MODEL, variant), "a checkpoint")
     options = WorkerOptions(
         checkpoint=str(checkpoint),
         served_model=served_model,
