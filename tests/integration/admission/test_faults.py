@@ -377,7 +377,7 @@ async def test_a_reset_connection_costs_nobody_his_place(valkey: Valkey, proxy: 
 
 @pytest.mark.parametrize(
     ("visitors", "visits"),
-    [(100, 40), pytest.param(500, 200, marks=[pytest.mark.slow, pytest.mark.timeout(400)])],
+    [(100, 40), pytest.param(500, 200, marks=pytest.mark.slow)],
     ids=["4,000", "100,000"],
 )
 async def test_no_grant_reaches_another_through_cancelled_waits(
