@@ -23,11 +23,12 @@ from app.launcher.checkpoints import BUNDLED_BASE
 from app.launcher.environments import STAMP, WORKER_CPU, Installer
 from app.launcher.home import Home, locked
 from app.manifest import Manifest
-from tests.processes import ROOT, FakeWorkerProcess, Process, free_port
+from tests.ports import free_port
+from tests.processes import ROOT, FakeWorkerProcess, Process
 
 READY = r"^Ready\. Serving"
-START_S = 60.0
-STOP_S = 30.0
+START_S = 120.0
+STOP_S = 60.0
 MARK = "STARTED_BY_TEST"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
