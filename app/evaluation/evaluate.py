@@ -166,7 +166,7 @@ class Evaluation:
         """The environments that are missing, after what is asked of them is known to be possible."""
         wanted: list[Environment] = []
         if self._order.needs_worker:
-            require_installed(self._choice)
+            require_installed(self._choice, self._machine)
         if self._order.wants("quality") or self._has_experts:
             wanted.append(RECIPES)
         if self._order.wants("quality") and self._order.items:

@@ -20,7 +20,8 @@ from app.launcher.processes import (
     worker_arguments,
     worker_environment,
 )
-from tests.processes import Process, free_port
+from tests.ports import free_port
+from tests.processes import Process
 
 MODEL, VARIANT = "smollm2", "dense"
 START_TIMEOUT_S = 300.0

@@ -13,7 +13,8 @@ from app.launcher import processes
 from app.launcher.home import Home
 from app.launcher.machine import inspect_machine
 from app.manifest import Manifest
-from tests.processes import Process, free_port
+from tests.ports import free_port
+from tests.processes import Process
 
 # Minutes each on a busy machine, and most of them are not made by `make test`.
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -23,11 +23,12 @@ from app.launcher.checkpoints import BUNDLED_BASE
 from app.launcher.environments import STAMP, WORKER_CPU, Installer
 from app.launcher.home import Home, locked
 from app.manifest import Manifest
-from tests.processes import ROOT, FakeWorkerProcess, Process, free_port
+from tests.ports import free_port
+from tests.processes import ROOT, FakeWorkerProcess, Process
 
 READY = r"^Ready\. Serving"
-START_S = 60.0
-STOP_S = 30.0
+START_S = 120.0
+STOP_S = 60.0
 MARK = "STARTED_BY_TEST"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -319,6 +320,14 @@ def test_what_cannot_work_is_one_line(site: Site, options: list[str], status: in
     assert found == status
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_a_machine_without_libnuma_is_told_before_anything_is_made(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "libnuma.so.1").write_bytes(b"no library")
+    status, errors = site.failed(environ={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert status == 1
+    assert errors[0].startswith("error: vLLM's CPU build needs libnuma.so.1: `apt-get install libnuma1`")
+    assert len(errors) == 1
 
 
 @pytest.mark.parametrize(

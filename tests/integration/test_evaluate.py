@@ -19,7 +19,8 @@ from app.launcher.environments import HARNESS, RECIPES, STAMP, WORKER_CPU, Envir
 from app.launcher.home import Home
 from app.manifest import Manifest
 from tests.integration.gateway.running import GatewayProcess
-from tests.processes import ROOT, Process, free_port
+from tests.ports import free_port
+from tests.processes import ROOT, Process
 from tests.unit.cards import card, quality
 
 DONE_S = 90.0

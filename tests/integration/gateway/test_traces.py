@@ -66,7 +66,7 @@ class House:
 
     async def line(self, name: str) -> dict[str, Any]:
         """The log's line of the request that its client calls so."""
-        found = await asyncio.to_thread(self.gateway.process.wait_for_line, f'"client_request_id": "{name}"', 20)
+        found = await asyncio.to_thread(self.gateway.process.wait_for_line, f'"client_request_id": "{name}"')
         line: dict[str, Any] = json.loads(found)
         return line
 
@@ -400,7 +400,7 @@ async def test_a_collector_that_fails_disturbs_nobody(tmp_path: Path, collector:
             await gateway.idle()
             began = time.monotonic()
             gateway.process.terminate()
-            assert await asyncio.to_thread(gateway.process.wait, 20) == 0
+            assert await asyncio.to_thread(gateway.process.wait) == 0
             assert time.monotonic() - began < 12
 
 
@@ -413,7 +413,7 @@ async def test_spans_are_flushed_at_the_end(tmp_path: Path) -> None:
             assert collector.exports == 0
             gateway.process.terminate()
             assert (await collector.trace(answer.headers["x-request-id"])).server.facts["sluice.outcome"] == "completed"
-            assert await asyncio.to_thread(gateway.process.wait, 20) == 0
+            assert await asyncio.to_thread(gateway.process.wait) == 0
 
 
 async def test_wrong_settings_are_told_in_one_line(tmp_path: Path) -> None:
