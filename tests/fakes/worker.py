@@ -34,6 +34,7 @@ from tests.fakes.observation import Counts, Observer, Received
 from tests.fakes.refusals import Refusal, detail
 from tests.fakes.server import Exchange, Server
 from tests.fakes.state import VERSION, Options, State
+from tests.ports import free_port
 
 DRAIN_S = 3600.0
 
@@ -95,7 +96,7 @@ class FakeWorker:
         """Listen, on the same port as before if it ran before. Raises OSError when the port is taken."""
         self._state.boot()
         self.crashed = False
-        self.port = await self._server.start(self.host, self.port, self._tls)
+        self.port = await self._server.start(self.host, self.port or free_port(), self._tls)
 
     async def stop(self) -> None:
         """Stop listening, reset all connections, wait for all handlers. Safe to call twice.

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytest
 from hypothesis import Phase
 from hypothesis import settings as profile
 from hypothesis import strategies as st
@@ -32,8 +31,6 @@ from app.errors import GatewayError
 from tests.integration.batches.house import AFTER, CHAT, jsonl, line
 from tests.integration.batches.mortals import LIMITS, Died, Disk, MortalGateway, Notes, Table, Workers
 from tests.stepping import SteppingLoop
-
-pytestmark = pytest.mark.timeout(300)
 
 TENANT = "t"
 WINDOW_S = 1000
