@@ -14,6 +14,8 @@ import redis
 from app import settings
 from app.admission.ledger import Ledger, LedgerGone, Scripts, SharedRules
 from app.admission.roster import rules_of
+from app.batches.claims import RedisClaims
+from app.errors import DependencyUnavailable
 from app.redis_server import RedisServer
 from app.tenancy.keys import Pepper, issue
 from app.tenancy.stores import KeysUnreadable, RedisKeys
@@ -69,6 +71,25 @@ async def test_keys_are_kept_over_tls(valkey: Valkey, tmp_path: Path) -> None:
         store = RedisKeys(settings.Redis(url=server.url, tls=trusting(ours, verify="chain")))
         assert await store.read() == [issued.key]
         await store.aclose()
+
+
+async def test_claims_are_made_over_tls(valkey: Valkey, tmp_path: Path) -> None:
+    """By the same rules as leases and keys."""
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    clock = asyncio.get_running_loop().time
+    async with FaultProxy(valkey.port, ours.strict_server(HERE)) as server:
+        claims = RedisClaims(settings.Redis(url=server.url, tls=trusting(ours, **ours.client())), 1, clock)
+        await claims.check()
+        async with asyncio.timeout(10):
+            while await claims.take(["line"]) != ["line"]:  # the server has just begun
+                await asyncio.sleep(0.05)
+        await claims.close()
+    async with FaultProxy(valkey.port, theirs.server(HERE)) as server:
+        claims = RedisClaims(settings.Redis(url=server.url, tls=trusting(ours)), 1, clock)
+        with pytest.raises(DependencyUnavailable):
+            await claims.check()
+        assert await claims.take(["line"]) == []
+        await claims.close()
 
 
 async def reason(server: FaultProxy, tls: settings.Tls | None) -> str:
