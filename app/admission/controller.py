@@ -192,6 +192,10 @@ class RedisAdmission(QueuedAdmission):
         return await asked
 
     @property
+    def processes(self) -> int:
+        return self._census.processes
+
+    @property
     def is_degraded(self) -> bool:
         return self.desk is not self._shared
 

@@ -35,6 +35,9 @@ class Batches(Part):
     lines_in_flight: int = Field(256, ge=1, le=65536, description="of one model, by one gateway process")
     ttft_target_s: float = Field(1.0, gt=0, description="TTFT of interactive streams above which lines give way")
     attempts_per_line: int = Field(3, ge=1, le=100, description="dispatches that broke before a line counts as failed")
+    preemptions_per_line: int = Field(
+        3, ge=0, le=100, description="times that a line gives its slot to an interactive request; then it keeps it"
+    )
     lease_s: float = Field(15, ge=1, le=300, description="a silent gateway's claims end after this")
     tick_s: float = Field(0.5, gt=0, le=60, description="between two looks at what is to do")
     commit_interval_s: float = Field(0.25, ge=0, le=60, description="longest time that a finished line is not stored")

@@ -19,7 +19,8 @@ from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.running import GatewayProcess, model, until
 from tests.monitoring.conftest import Binaries
-from tests.processes import Process, Valkey, free_port
+from tests.ports import free_port
+from tests.processes import Process, Valkey
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -110,7 +111,7 @@ async def scraper(binaries: Binaries, tmp_path_factory: pytest.TempPathFactory) 
         scraper = Scraper(binaries, directory, targets)
         opened.push_async_callback(scraper.http.aclose)
         opened.callback(scraper.process.stop)
-        await asyncio.to_thread(scraper.process.wait_for_line, "Server is ready", 30)
+        await asyncio.to_thread(scraper.process.wait_for_line, "Server is ready")
         working = asyncio.create_task(_work(gateway.http))
         opened.callback(working.cancel)
 

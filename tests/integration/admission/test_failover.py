@@ -34,7 +34,8 @@ from tests.integration.admission.fleet import (
     ticket,
     until,
 )
-from tests.processes import ROOT, Valkey, free_port
+from tests.ports import free_port
+from tests.processes import ROOT, Valkey
 from tests.redis_fleets import HOST, MASTER, Cluster, Guarded, SentinelProcess, talking, told, wait_until
 
 SHARED = SharedRules(RULES, lease_us=1_500_000, settle_us=500_000, replicas=1)
