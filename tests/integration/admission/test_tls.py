@@ -14,6 +14,8 @@ import redis
 from app import settings
 from app.admission.ledger import Ledger, LedgerGone, Scripts, SharedRules
 from app.admission.roster import rules_of
+from app.batches.claims import RedisClaims
+from app.errors import DependencyUnavailable
 from app.redis_server import RedisServer
 from app.tenancy.keys import Pepper, issue
 from app.tenancy.stores import KeysUnreadable, RedisKeys
@@ -69,6 +71,21 @@ async def test_keys_are_kept_over_tls(valkey: Valkey, tmp_path: Path) -> None:
         store = RedisKeys(settings.Redis(url=server.url, tls=trusting(ours, verify="chain")))
         assert await store.read() == [issued.key]
         await store.aclose()
+
+
+async def test_claims_are_made_over_tls(valkey: Valkey, tmp_path: Path) -> None:
+    """With the configured authorities, and no others."""
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    for context, trusted in ((ours.strict_server(HERE), True), (theirs.server(HERE), False)):
+        async with FaultProxy(valkey.port, context) as server:
+            redis = settings.Redis(url=server.url, tls=trusting(ours, **ours.client()))
+            claims = RedisClaims(redis, 15, asyncio.get_running_loop().time)
+            if trusted:
+                await claims.check()
+            else:
+                with pytest.raises(DependencyUnavailable):
+                    await claims.check()
+            await claims.close()
 
 
 async def reason(server: FaultProxy, tls: settings.Tls | None) -> str:
