@@ -9,7 +9,8 @@ import httpx
 import yaml
 
 from tests.monitoring.conftest import Binaries
-from tests.processes import Process, free_port
+from tests.ports import free_port
+from tests.processes import Process
 
 DEPLOYED = Path(__file__).parents[2] / "deploy/prometheus"
 

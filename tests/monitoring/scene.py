@@ -214,7 +214,7 @@ async def staged(binaries: Binaries, directory: Path, interval_s: int = 1) -> As
         prometheus = Prometheus(binaries, directory, targets, admin_key=keys["operators"], interval_s=interval_s)
         opened.push_async_callback(prometheus.http.aclose)
         opened.callback(prometheus.process.stop)
-        await asyncio.to_thread(prometheus.process.wait_for_line, "Server is ready", 30)
+        await asyncio.to_thread(prometheus.process.wait_for_line, "Server is ready")
         clients = {name: await opened.enter_async_context(_client(gateway.url, key)) for name, key in keys.items()}
         yield Scene(prometheus, gateway, clients, quick[1], valkey)
 
