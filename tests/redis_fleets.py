@@ -11,7 +11,8 @@ from typing import Any, Self
 
 import redis
 
-from tests.processes import Process, Valkey, free_port, server_binary
+from tests.ports import free_port
+from tests.processes import Process, Valkey, server_binary
 
 MASTER = "ledger"
 HOST = "127.0.0.1"

@@ -12,10 +12,10 @@ from app.settings.part import Part
 class Bucket(Part):
     """Object storage that speaks S3. Credentials come from the environment or the machine's role, as AWS's tools do."""
 
-    name: str
+    name: str = Field(description="of the bucket")
     prefix: str = Field("", description="of all keys")
     endpoint: str | None = Field(None, description="of another provider than AWS; http:// only on a trusted network")
-    region: str | None = None
+    region: str | None = Field(None, description="default: as AWS's tools find it")
 
 
 class Batches(Part):
@@ -24,8 +24,8 @@ class Batches(Part):
     directory: Path | None = Field(None, description="where they are kept; without it and a bucket there are none")
     bucket: Bucket | None = Field(None, description="keep them there instead")
     lines: int = Field(50_000, ge=1, le=1_000_000, description="requests of one batch")
-    file_bytes: int = Field(200 * 1024 * 1024, ge=1)
-    line_bytes: int = Field(1024 * 1024, ge=1)
+    file_bytes: int = Field(200 * 1024 * 1024, ge=1, description="of one upload")
+    line_bytes: int = Field(1024 * 1024, ge=1, description="of one request")
     range_lines: int = Field(128, ge=1, le=1000, description="lines that one gateway claims together")
     range_bytes: int = Field(4 * 1024 * 1024, ge=1, description="no more of the input are claimed together")
     files_kept_s: int = Field(30 * 86400, ge=60, description="for files without a date of their own")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from app.settings.network import Tls
 from app.settings.part import Part
@@ -14,8 +15,17 @@ from app.settings.part import Part
 SCHEMES = ("redis", "rediss", "unix")
 NODES_MAX = 16
 
-Node = Annotated[str, StringConstraints(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+):[0-9]{1,5}$", max_length=255)]
-"""`HOST:PORT`; an IPv6 address in brackets."""
+_NODE = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]{1,253}):([0-9]{1,5})$")
+
+
+def _node(given: str) -> str:
+    found = _NODE.match(given)
+    if found is None or not 0 < int(found[2]) < 65536:
+        raise ValueError("expected HOST:PORT, an IPv6 address in brackets")
+    return given
+
+
+Node = Annotated[str, AfterValidator(_node)]
 
 
 class Sentinel(Part):
@@ -35,7 +45,9 @@ class Redis(Part):
     cluster: tuple[Node, ...] = Field(
         (), max_length=NODES_MAX, description="instead of a url: `HOST:PORT` of nodes that know the cluster"
     )
-    username: str | None = Field(None, description="of a server found by sentinel or cluster; otherwise in the url")
+    username: str | None = Field(
+        None, min_length=1, description="of a server found by sentinel or cluster; otherwise in the url"
+    )
     password_file: Path | None = Field(None, description="holds the password, which is better not in the url")
     tls: Tls | None = Field(
         None, description="default for rediss: the system's authorities; `{}` turns it on with sentinel or cluster"
@@ -53,6 +65,10 @@ class Redis(Part):
             raise ValueError("expected redis://, rediss:// or unix://")
         if set(parse_qs(parts.query, keep_blank_values=True)) - {"db"}:
             raise ValueError("its query may name db, and nothing else")
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError("expected a port up to 65535") from None
         database = parts.path.lstrip("/") if parts.scheme != "unix" else ""
         if database and not (database.isascii() and database.isdigit()):
             raise ValueError("behind the host comes the number of a database")
@@ -63,8 +79,6 @@ class Redis(Part):
         ways = [self.sentinel is not None, bool(self.cluster), "url" in self.model_fields_set]
         if sum(ways) > 1:
             raise ValueError("url, sentinel and cluster: only one of them can be given")
-        if self.is_found and self.username is not None and not self.username:
-            raise ValueError("username is empty")
         if not self.is_found and self.username is not None:
             raise ValueError("username: of a server with a url it belongs there, before the host")
         if self.password_file is not None and urlsplit(self.url).password is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +34,8 @@ from tests.integration.admission.fleet import (
     ticket,
     until,
 )
-from tests.processes import Valkey, free_port
+from tests.ports import free_port
+from tests.processes import ROOT, Valkey
 from tests.redis_fleets import HOST, MASTER, Cluster, Guarded, SentinelProcess, talking, told, wait_until
 
 SHARED = SharedRules(RULES, lease_us=1_500_000, settle_us=500_000, replicas=1)
@@ -301,6 +303,21 @@ async def test_a_failover_in_a_cluster_is_followed(cluster: Cluster) -> None:
         cluster.members[2].kill()
         await until(lambda: one.is_degraded)
         assert held.worker_id == "w"
+
+
+async def test_in_a_cluster_the_advised_user_needs_one_right_more(cluster: Cluster, tmp_path: Path) -> None:
+    (line,) = re.findall(r"(?m)^ACL SETUSER .*$", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    (tmp_path / "password").write_text("p")
+    way = settings.Redis(cluster=tuple(cluster.nodes), username="sluice", password_file=tmp_path / "password")
+    for at in range(3):
+        cluster.ask(at, *line.replace("PASSWORD", "p").split())
+    with pytest.raises(ConfigurationError, match="does not let its user ask for the primary"):
+        await check(way)
+    for at in range(3):
+        cluster.ask(at, "ACL", "SETUSER", "sluice", "+cluster|slots")
+    async with replica(way) as one:
+        await healed(one)
+        await granted_in_time(one, ticket())
 
 
 async def test_a_cluster_behind_a_url_ends_the_start(cluster: Cluster) -> None:
