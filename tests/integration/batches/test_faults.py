@@ -117,6 +117,26 @@ async def test_a_sleeping_gateway_wakes_to_find_its_lines_done(fleet: Fleet) -> 
     assert await fleet.clients[0].records(output) == before
 
 
+async def test_a_gateway_that_wakes_among_its_lines_adds_what_is_missing(fleet: Fleet) -> None:
+    """It was answered while it slept, and stores that beside what another has stored of the same range by then."""
+    requests = lines(200)
+    fleet.worker.inject("slow:60")
+    batch = await fleet.clients[0].create(jsonl(requests))
+    await fleet.running_on_both()
+    fleet.gateways[0].process.pause()
+
+    async def are_taken_over() -> bool:
+        return max(Counter(answered_by(fleet.worker)).values(), default=0) > 1
+
+    await until(are_taken_over, "lines of the sleeping gateway are answered a second time", 40)
+    fleet.gateways[0].process.resume()
+    await check_done(fleet.clients[1], requests, batch)
+    done = await fleet.clients[1].api.batches.retrieve(batch.id)
+    await fleet.clients[0].follow(batch)
+    records = [await client.records(done.output_file_id) for client in fleet.clients]
+    assert records[0] == records[1]
+
+
 async def test_without_valkey_nothing_is_begun_and_nothing_lost(fleet: Fleet) -> None:
     requests = lines(300)
     fleet.worker.inject("slow:20")
