@@ -73,6 +73,9 @@ async def test_what_was_lost_is_told_and_not_taken_back(claims: Two) -> None:
     await claims.two.renew()
     await claims.one.renew()
     assert not claims.one.holds("line")
-    await claims.one.release(["line"])
-    await claims.two.renew()
+
+
+async def test_what_was_lost_is_not_let_go_for_another(claims: Two) -> None:
+    await taken(claims.two, "line")
+    await claims.one.release(["line"])  # it has not heard
     assert await claims.one.take(["line"]) == []

@@ -198,6 +198,15 @@ async def test_a_batch_is_cancelled_through_another_gateway(fleet: Fleet) -> Non
     assert fleet.worker.counts.seen == dispatched
 
 
+async def test_what_hangs_is_given_up_when_another_gateway_cancels_it(fleet: Fleet) -> None:
+    batch = await fleet.clients[0].create(jsonl(lines(40, x_fault="hang_before")))
+    await fleet.running_on_both()
+    await fleet.clients[1].api.batches.cancel(batch.id)
+    done = await fleet.clients[0].follow(batch)
+    assert (done.status, done.output_file_id) == ("cancelled", None)
+    await fleet.worker.wait_for(open=0)
+
+
 @asynccontextmanager
 async def alone(tmp_path: Path, worker: FakeWorker, **more: Any) -> AsyncIterator[tuple[GatewayProcess, Client]]:
     """A gateway without Redis."""
