@@ -467,6 +467,15 @@ BATCHES: dict[str, Sequence[Graph | Figure]] = {
             quiet="no batch yet",
         ),
         Graph(
+            "Lines taken off their workers",
+            "short",
+            [
+                Line(f"sum(rate(sluice_batch_preemptions_total{RATE}))", "lines a second"),
+                Line(f"sum(rate(sluice_batch_preempted_tokens_total{RATE}))", "tokens a second in vain, estimated"),
+            ],
+            "For interactive requests that would have waited for their slots; they are run again.",
+        ),
+        Graph(
             "What interactive streams notice: TTFT p95",
             "s",
             [Line(quantile(0.95, "sluice_time_to_first_token_seconds", "band", INTERACTIVE), "{{band}}")],

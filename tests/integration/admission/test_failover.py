@@ -317,7 +317,7 @@ async def test_in_a_cluster_the_advised_user_needs_one_right_more(cluster: Clust
         cluster.ask(at, "ACL", "SETUSER", "sluice", "+cluster|slots")
     async with replica(way) as one:
         await healed(one)
-        await granted_in_time(one, ticket(), 10)
+        await granted_in_time(one, ticket())
 
 
 async def test_a_cluster_behind_a_url_ends_the_start(cluster: Cluster) -> None:
