@@ -198,8 +198,8 @@ SERVICE: dict[str, Sequence[Graph | Figure]] = {
                 Line(mean("sluice_upstream_first_byte_seconds", INTERACTIVE), "worker: to its first byte"),
                 Line(mean("sluice_gateway_overhead_seconds", INTERACTIVE), "gateway itself"),
             ],
-            "Means of three parts, which add up; without batches. An answer that does not stream has its first byte when it is"
-            " whole.",
+            "Means of three parts, which add up; without batches. The first byte of an answer that does not stream comes"
+            " with its last.",
             is_stacked=True,
         ),
         Graph("Inter-token latency", "s", quantiles("sluice_inter_token_latency_seconds")),
@@ -474,6 +474,7 @@ BATCHES: dict[str, Sequence[Graph | Figure]] = {
                 Line(f"sum(rate(sluice_batch_preempted_tokens_total{RATE}))", "tokens a second in vain, estimated"),
             ],
             "For interactive requests that would have waited for their slots; they are run again.",
+            quiet="no line had to give way",
         ),
         Graph(
             "What interactive streams notice: TTFT p95",
