@@ -250,7 +250,7 @@ async def test_a_replica_that_is_cut_off_loses_its_slots_and_finds_out(valkey: V
         waiting = await queued(other, ticket(), ticket())
         proxy.fall_silent()
         taken = [await soon(task) for task in waiting]
-        assert cut.is_degraded
+        await until(lambda: cut.is_degraded)
         proxy.heal()
         await until(lambda: not cut.is_degraded)
         await until(lambda: gauge(cut, "sluice_leases_fenced_total") == 2)
