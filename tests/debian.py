@@ -1,4 +1,4 @@
-"""Debian's packages for tests that need more than pip brings. Where they cannot be had, the test is skipped."""
+"""Debian's packages for tests that need more than pip brings."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.processes import one_at_a_time
 
 FETCH_S = 240
 """Of one command; a slow network is a reason to skip, and must not look like a test that hangs."""
 
 
+class Unavailable(Exception):
+    """A package cannot be had here; the message says why."""
+
+
 def fetch(package: str, how: Callable[[], None]) -> None:
-    """Run `how`, which fetches `package`: a second time after an update, for a fresh machine has no package lists."""
+    """Run `how`, which fetches `package`: a second time after an update, for a fresh machine has no package lists.
+
+    Raises Unavailable.
+    """
     if shutil.which("apt-get") is None:
-        pytest.skip(f"neither {package} nor apt-get is here")
+        raise Unavailable(f"neither {package} nor apt-get is here")
     with one_at_a_time("apt-get"):  # which gives up by itself where another has its lists locked
         try:
             how()
@@ -28,7 +33,7 @@ def fetch(package: str, how: Callable[[], None]) -> None:
                 run("apt-get", "update")
                 how()
             except subprocess.SubprocessError as error:
-                pytest.skip(f"Debian's package of {package} cannot be had: {_reason(error)}")
+                raise Unavailable(f"Debian's package of {package} cannot be had: {_reason(error)}") from None
 
 
 def run(*command: str, directory: Path | None = None) -> None:

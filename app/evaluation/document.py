@@ -16,9 +16,13 @@ blockquote { margin: 1rem 0; padding: .5rem 1rem; border-left: 4px solid #bf8700
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid #c8ccd1; text-align: left; vertical-align: top; }
 th { background: #f6f8fa; }
-td:first-child { white-space: nowrap; }
+td:first-child, .interval { white-space: nowrap; }
+.interval { display: block; font-size: .75rem; color: #59636e; }
 svg { max-width: 100%; height: auto; }
 """
+
+
+INTERVAL = re.compile(r"(?<=\d )\([\d.e-]+–[\d.e-]+\)(?=</td>)")
 
 
 def document(markdown: str, picture_name: str, picture: str) -> str:
@@ -28,6 +32,7 @@ def document(markdown: str, picture_name: str, picture: str) -> str:
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     body = re.sub(rf'<img src="{re.escape(picture_name)}"[^>]*>', lambda _: picture, body)
+    body = INTERVAL.sub(lambda found: f'<span class="interval">{found.group()}</span>', body)
     body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")
     title = markdown.partition("\n")[0].lstrip("# ")
     return (

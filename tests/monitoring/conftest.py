@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,20 +21,28 @@ class Binaries:
 
 
 @pytest.fixture(scope="session")
-def binaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Binaries]:
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> Binaries:
+    try:
+        return find_binaries(tmp_path_factory.mktemp("deb"))
+    except debian.Unavailable as error:
+        pytest.skip(str(error))
+
+
+def find_binaries(directory: Path) -> Binaries:
+    """The machine's, or Debian's, kept; downloads go to `directory`. Raises debian.Unavailable."""
     found = [shutil.which(name) for name in ("prometheus", "promtool")]
     if all(found):
-        yield Binaries(*(Path(path) for path in found if path))
-        return
+        return Binaries(*(Path(path) for path in found if path))
     home = Path(os.environ.get("SLUICE_HOME") or Path.home() / ".local/share/sluice")
     unpacked = home / "tools" / PACKAGE
-    debian.fetch(PACKAGE, lambda: _unpack(tmp_path_factory.mktemp("deb"), unpacked))
-    yield Binaries(unpacked / "usr/bin/prometheus", unpacked / "usr/bin/promtool")
+    if not (unpacked / "usr/bin/promtool").exists():
+        debian.fetch(PACKAGE, lambda: _unpack(directory, unpacked))
+    return Binaries(unpacked / "usr/bin/prometheus", unpacked / "usr/bin/promtool")
 
 
 def _unpack(directory: Path, target: Path) -> None:
     """Debian's package without installing it: its two programs need nothing but libc."""
-    if (target / "usr/bin/promtool").exists():
+    if (target / "usr/bin/promtool").exists():  # another process was faster
         return
     debian.run("apt-get", "download", PACKAGE, directory=directory)
     (package,) = directory.glob("*.deb")
@@ -43,5 +50,5 @@ def _unpack(directory: Path, target: Path) -> None:
     debian.run("dpkg-deb", "-x", str(package), str(staging))
     try:
         staging.rename(target)
-    except OSError:  # another process was faster, with a lock of another directory
+    except OSError:  # and so was one that takes its turns elsewhere
         shutil.rmtree(staging)

@@ -27,6 +27,8 @@ from tests.integration.admission.fleet import (
     parked,
     queued,
     replica,
+    restore,
+    snapshot,
     soon,
     ticket,
     until,
@@ -205,20 +207,6 @@ async def test_a_demoted_primary_is_left_and_found_again(own_valkey: Valkey, val
 
 
 # F27
-
-
-def snapshot(url: str) -> dict[bytes, bytes]:
-    with redis.Redis.from_url(url) as client:
-        return {name: client.dump(name) for name in client.keys("*")}
-
-
-def restore(url: str, saved: dict[bytes, bytes]) -> None:
-    """What a failover to a replica that was behind does: all state is that of an earlier moment."""
-    with redis.Redis.from_url(url) as client, client.pipeline(transaction=True) as pipe:
-        pipe.flushdb()
-        for name, value in saved.items():
-            pipe.restore(name, 0, value)
-        pipe.execute()
 
 
 async def test_a_rolled_back_ledger_is_noticed_and_put_right(valkey: Valkey) -> None:

@@ -159,6 +159,7 @@ def test_the_document_holds_its_picture_and_quotes_engines_as_text() -> None:
     assert picture in found
     assert "<title>smollm2: which variant should I run?</title>" in found
     assert found.count("<table>") == found.count("</table></div>") >= 3
+    assert '0.92 <span class="interval">(0.92–0.92)</span></td>' in found
     assert "&lt;script&gt;no&lt;/script&gt;" in found
     assert "<script>" not in found
     assert "<img" not in found
