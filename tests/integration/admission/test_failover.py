@@ -173,15 +173,16 @@ async def test_the_newest_word_counts_and_silent_sentinels_cost_little(tmp_path:
         with SentinelProcess(tmp_path / "ahead", new.port, 2) as ahead:
             ahead.ask("SET", MASTER, "quorum", "2")
             await asyncio.to_thread(_renew_epoch, ahead, new.port)
-            silent = await asyncio.start_server(lambda *_: None, HOST, 0)
-            dumb = f"{HOST}:{silent.sockets[0].getsockname()[1]}"
-            for nodes in ([behind.node, dumb, ahead.node], [ahead.node, f"{HOST}:{free_port()}", behind.node]):
-                ledger = Ledger(watched(nodes), "r", SHARED, Scripts())
-                await ledger.open()
-                assert ledger._connection is not None
-                assert ledger._connection.port == new.port
-                await ledger.close()
-            silent.close()
+            async with FaultProxy(old.port) as silent:
+                silent.fall_silent()
+                dumb, dead = f"{HOST}:{silent.port}", f"{HOST}:{free_port()}"
+                for nodes in ([behind.node, dumb, ahead.node], [ahead.node, dead, behind.node]):
+                    way = watched(nodes).model_copy(update={"call_timeout_s": 4.0})
+                    ledger = Ledger(way, "r", SHARED, Scripts())
+                    await ledger.open()
+                    assert ledger._connection is not None
+                    assert ledger._connection.port == new.port
+                    await ledger.close()
 
 
 def _renew_epoch(sentinel: SentinelProcess, port: int) -> None:
@@ -317,7 +318,7 @@ async def test_in_a_cluster_the_advised_user_needs_one_right_more(cluster: Clust
         cluster.ask(at, "ACL", "SETUSER", "sluice", "+cluster|slots")
     async with replica(way) as one:
         await healed(one)
-        await granted_in_time(one, ticket(), 10)
+        await granted_in_time(one, ticket())
 
 
 async def test_a_cluster_behind_a_url_ends_the_start(cluster: Cluster) -> None:
