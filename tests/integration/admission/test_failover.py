@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from redis.crc import key_slot
 
 from app import settings
@@ -17,6 +18,7 @@ from app.admission.controller import RedisAdmission
 from app.admission.ledger import Ledger, LedgerGone, Scripts, SharedRules, check
 from app.batches.claims import RedisClaims
 from app.errors import ConfigurationError
+from app.redis_server import RedisServer
 from app.tenancy.keys import Pepper, issue
 from app.tenancy.stores import CONNECTIONS, KeysUnreadable, RedisKeys
 from tests.certificates import Authority
@@ -100,8 +102,11 @@ async def test_what_the_promoted_replica_never_heard_of_is_not_granted_again(gua
         replica(way, 2, lease_s=30, replicas=2, without_redis="refuse") as one,
         replica(way, 2, lease_s=30, replicas=2, without_redis="refuse") as two,
     ):
-        before = snapshot(guarded.primary.url)
+        await until(lambda: is_told(guarded.primary.url, one, two))
+        await one.overview()  # asked and answered: it has nothing more to say for a while
+        said, before = one._ledger._answered, snapshot(guarded.primary.url)
         held = [await two.admit(ticket()), await two.admit(ticket())]
+        assert one._ledger._answered == said  # so it lost no call, by which it would know
         roads = [way_of(admission, Nowhere()) for admission in (one, two)]
         await asyncio.to_thread(guarded.primary.kill)
         await until(lambda: one.is_degraded and two.is_degraded)
@@ -158,6 +163,18 @@ async def test_a_primary_that_was_demoted_is_left(guarded: Guarded) -> None:
                 await asyncio.sleep(0.05)
     await keys.aclose()
     await claims.close()
+
+
+async def test_a_replica_that_is_named_is_not_used(guarded: Guarded, tmp_path: Path) -> None:
+    """As between two words of a Sentinel, or by one that is wrong."""
+    with SentinelProcess(tmp_path / "mistaken", guarded.replica.port, 2) as mistaken:
+        way = RedisServer(watched([mistaken.node]))
+        with pytest.raises(redis.ConnectionError, match="is not a primary"):
+            await way.connected()
+        client = way.client(1)
+        with pytest.raises(redis.ConnectionError, match="is not a primary"):
+            await client.get("x")
+        await client.aclose()
 
 
 async def noted(keys: RedisKeys, key_id: str) -> None:
