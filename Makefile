@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest -q
 TESTED := --prepare-only --variants dense,w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help up variants install check lint test compose-test bench fuzz cards dashboards locks
+.PHONY: help up variants install check lint test compose-test bench fuzz cards dashboards settings locks
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -71,6 +71,9 @@ cards: install  ## Measure every variant of smollm2 again and write deploy/varia
 
 dashboards: install  ## Write deploy/grafana/dashboards again from their code
 	$(BIN)/python deploy/grafana/build.py
+
+settings: install  ## Write deploy/settings.md again from app/settings
+	$(BIN)/python deploy/settings.py
 
 locks: install  ## Write the locks again from pyproject.toml and deploy/locks/*.in
 	$(COMPILE) --generate-hashes pyproject.toml --extra up --group dev -o $(LOCK)

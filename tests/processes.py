@@ -136,7 +136,7 @@ class Process:
         self.stop()
 
 
-def _server_binary() -> str:
+def server_binary() -> str:
     """Valkey's own, or what `REDIS_SERVER` names: the tests hold for Redis 7.0 as well."""
     return os.environ.get("REDIS_SERVER") or str(get_binary_path())
 
@@ -173,7 +173,7 @@ class Valkey:
         """Start and wait until it takes connections. Raises RuntimeError with its log when it does not."""
         place = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._directory)]
         volatile = ["--save", "", "--appendonly", "no"]
-        self._process = Process([*self._inside, _server_binary(), *place, *volatile, *self._options])
+        self._process = Process([*self._inside, server_binary(), *place, *volatile, *self._options])
         self._process.wait_for_line("Ready to accept connections")
 
     def kill(self) -> None:

@@ -192,6 +192,10 @@ class RedisAdmission(QueuedAdmission):
         return await asked
 
     @property
+    def processes(self) -> int:
+        return self._census.processes
+
+    @property
     def is_degraded(self) -> bool:
         return self.desk is not self._shared
 
@@ -322,7 +326,8 @@ class RedisAdmission(QueuedAdmission):
         leases = [(lease.id, lease.worker_id) for lease in self.roster.held.values()]
         tickets = [lease_id for lease_id in self.roster.waiting if lease_id not in self._shared.arrivals]
         limits, slots = list(self.limits.items()), list(self.slots.items())
-        return ledger.sync(leases, tickets, slots, _new_epoch(), limits, self._reservations(), self._given())
+        reserved, given = self._reservations(), self._given()
+        return ledger.sync(leases, tickets, slots, _new_epoch(), limits, reserved, given, self._ledger.run_id)
 
     def _given(self) -> list[LocalTakings]:
         now_us = int(self._clock() * US)

@@ -24,7 +24,7 @@ from tests.ports import free_port
 from tests.processes import Process
 
 MODEL, VARIANT = "smollm2", "dense"
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 900.0
 
 
 class MissingEnvironment(Exception):
@@ -53,7 +53,7 @@ class RealWorker:
         """Itself, once it has generated a token. Raises TimeoutError or RuntimeError with vLLM's latest output."""
         self.process.wait_for_line("Application startup complete", START_TIMEOUT_S)
         # Only a generated token proves the engine: /health and start-up succeed without one.
-        answer = httpx.post(f"{self.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60)
+        answer = httpx.post(f"{self.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=300)
         answer.raise_for_status()
         return self
 

@@ -19,7 +19,7 @@ from tests.integration.gateway.asking import COMPLETIONS
 from tests.integration.gateway.running import GatewayProcess
 from tests.processes import ROOT, Process
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 MODEL = "tiny"
 VARIANTS = {"dense": "dense", "small": "depth+w8a8"}

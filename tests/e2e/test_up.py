@@ -364,7 +364,7 @@ def test_an_unknown_option_is_wrong_usage(site: Site) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_default_model_is_served_for_real(tmp_path: Path) -> None:
     site = Site(Home.at(None, os.environ), tmp_path / "run", free_port())
     with site.up("--variants", "dense,w8a8") as process:

@@ -180,9 +180,9 @@ class FakeWorker:
         """Have a fault from now on, for the next `times` inference requests or until `heal`. Raises ValueError."""
         self._state.inject(fault, times)
 
-    def heal(self) -> None:
-        """Have no fault, and let every request that hangs go on."""
-        self._state.heal()
+    def heal(self, *, for_good: bool = False) -> None:
+        """Have no fault, and let every request that hangs go on; `for_good` also those that are yet to come."""
+        self._state.heal(for_good=for_good)
 
     def hold(self) -> None:
         """Let no token out: requests are taken and admitted, then wait for `resume`."""

@@ -16,7 +16,7 @@ from app.recipes.calibration import read_calibration
 from tests.recipes.names import BLOCKS, CHANNELS, RECIPES
 
 # They need the recipes environment, which `make test` prepares.
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 Facts = dict[str, dict[str, Any]]

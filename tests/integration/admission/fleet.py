@@ -162,6 +162,20 @@ def _counts(fields: list[str]) -> dict[str, int]:
     return {name: int(count) for name, count in zip(fields[::2], fields[1::2], strict=True)}
 
 
+def snapshot(url: str) -> dict[bytes, bytes]:
+    with redis.Redis.from_url(url) as client:
+        return {name: client.dump(name) for name in client.keys("*")}
+
+
+def restore(url: str, saved: dict[bytes, bytes]) -> None:
+    """What a failover to a replica that was behind does: all state is that of an earlier moment."""
+    with redis.Redis.from_url(url) as client, client.pipeline(transaction=True) as pipe:
+        pipe.flushdb()
+        for name, value in saved.items():
+            pipe.restore(name, 0, value)
+        pipe.execute()
+
+
 def is_told(url: str, *admissions: RedisAdmission) -> bool:
     """Whether the ledger says exactly what these replicas hold and wait for."""
     dump = Dump(url)

@@ -27,6 +27,8 @@ from tests.integration.admission.fleet import (
     parked,
     queued,
     replica,
+    restore,
+    snapshot,
     soon,
     ticket,
     until,
@@ -207,20 +209,6 @@ async def test_a_demoted_primary_is_left_and_found_again(own_valkey: Valkey, val
 # F27
 
 
-def snapshot(url: str) -> dict[bytes, bytes]:
-    with redis.Redis.from_url(url) as client:
-        return {name: client.dump(name) for name in client.keys("*")}
-
-
-def restore(url: str, saved: dict[bytes, bytes]) -> None:
-    """What a failover to a replica that was behind does: all state is that of an earlier moment."""
-    with redis.Redis.from_url(url) as client, client.pipeline(transaction=True) as pipe:
-        pipe.flushdb()
-        for name, value in saved.items():
-            pipe.restore(name, 0, value)
-        pipe.execute()
-
-
 async def test_a_rolled_back_ledger_is_noticed_and_put_right(valkey: Valkey) -> None:
     limits: dict[str, Any] = {"replicas": 2, "lease_s": 3}
     async with replica(valkey.url, 4, **limits) as one, replica(valkey.url, 4, **limits) as two:
@@ -250,7 +238,7 @@ async def test_a_replica_that_is_cut_off_loses_its_slots_and_finds_out(valkey: V
         waiting = await queued(other, ticket(), ticket())
         proxy.fall_silent()
         taken = [await soon(task) for task in waiting]
-        assert cut.is_degraded
+        await until(lambda: cut.is_degraded)
         proxy.heal()
         await until(lambda: not cut.is_degraded)
         await until(lambda: gauge(cut, "sluice_leases_fenced_total") == 2)
