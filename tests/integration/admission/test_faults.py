@@ -415,8 +415,10 @@ async def test_no_grant_reaches_another_through_cancelled_waits(
 
 async def test_a_server_that_accepts_and_is_silent_is_lost_after_the_configured_time() -> None:
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
+        try:
+            await reader.read()
+        finally:
+            writer.close()
 
     async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
         url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
