@@ -7,6 +7,7 @@ LOCK   := deploy/locks/gateway.txt
 UV     := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' $(LOCK))
 ARGS   ?=
 EXAMPLES ?= 20000
+NONCES ?= 50000
 VARIANTS ?= dense,w8a8,w4a16,depth26,depth26-healed,depth26+w8a8,moe4,moe4-top1,moe4-keep2
 
 # TORCH tells where the CPU build of torch is: PyTorch's own index, or --find-links DIRECTORY.
@@ -20,10 +21,10 @@ PYTEST := $(BIN)/python -m pytest -q
 TESTED := --prepare-only --variants dense,w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help up variants install check lint test compose-test bench fuzz cards dashboards locks
+.PHONY: help up variants install check lint test compose-test bench fuzz cards dashboards dashboard-pictures settings locks
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
 
 up: install  ## Serve a quantized model on 127.0.0.1:8000 (installs and makes what is missing)
 	@exec $(BIN)/python -m app up $(ARGS)
@@ -58,8 +59,9 @@ test: lint  ## Everything, also with real vLLM workers (prepares their environme
 compose-test: install  ## Build the images and try docker-compose.yml on an engine of its own (root, a quarter of an hour)
 	$(PYTEST) -m compose tests/compose
 
-fuzz: install  ## Throw much more at the gateway than the tests do (half an hour; EXAMPLES=… for more or less)
-	SLUICE_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/hostile/test_fuzz.py tests/hostile/test_openapi_fuzz.py --timeout 0
+fuzz: install  ## Throw much more at the gateway than the tests do (half an hour; EXAMPLES=… NONCES=… for more or less)
+	SLUICE_FUZZ_EXAMPLES=$(EXAMPLES) SLUICE_NONCE_REQUESTS=$(NONCES) $(PYTEST) --timeout 0 \
+	  tests/hostile/test_fuzz.py tests/hostile/test_openapi_fuzz.py tests/hostile/test_own_bytes.py
 
 bench: install  ## Measure what the gateway costs
 	$(BIN)/python -m loadtest bench $(ARGS)
@@ -70,10 +72,18 @@ cards: install  ## Measure every variant of smollm2 again and write deploy/varia
 dashboards: install  ## Write deploy/grafana/dashboards again from their code
 	$(BIN)/python deploy/grafana/build.py
 
+dashboard-pictures: install  ## Draw every panel of the dashboards from a real Prometheus into deploy/pictures (3 minutes)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r deploy/locks/pictures.txt
+	$(BIN)/python -m tests.monitoring.pictures deploy/pictures $(ARGS)
+
+settings: install  ## Write deploy/settings.md again from app/settings
+	$(BIN)/python deploy/settings.py
+
 locks: install  ## Write the locks again from pyproject.toml and deploy/locks/*.in
 	$(COMPILE) --generate-hashes pyproject.toml --extra up --group dev -o $(LOCK)
 	$(COMPILE) --generate-hashes pyproject.toml --extra traces --constraints $(LOCK) -o deploy/locks/image.txt
 	$(COMPILE) --generate-hashes deploy/locks/build.in -o deploy/locks/build.txt
+	$(COMPILE) --generate-hashes --constraints $(LOCK) deploy/locks/pictures.in -o deploy/locks/pictures.txt
 	for name in worker-cpu recipes harness; do \
 	  $(COMPILE) $(TORCH) --override deploy/locks/overrides.txt deploy/locks/$$name.in -o deploy/locks/$$name.txt || exit 1; \
 	done

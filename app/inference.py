@@ -122,6 +122,8 @@ def narrowed_salt(tenant_salt: str, client_salt: str) -> str:
 
 QueueListener = Callable[[int, int, float], None]
 """Is told of a request that waits: its position among its tenant's, how many those are, expected wait in seconds."""
+Preempted = Callable[[], None]
+"""Is told, once, that the slot of a request is wanted by a better one: it is to be given back now. Must not wait."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,7 +140,7 @@ class InferenceRequest:
     `preference` is what it asks of the choice among variants, `user` whom the client serves with it, if it says so.
     `trace_headers` say of which trace the client sent it, `batch_id` of which batch it is a line.
     `on_wait` is told, now and then, how long the queue is while it waits; it is set for a client that
-    `wants_queue_events`.
+    `wants_queue_events`. `on_preempt` is set where the request may be taken off its worker for one of a better band.
     """
 
     id: str
@@ -163,6 +165,7 @@ class InferenceRequest:
     batch_id: str = ""
     wants_queue_events: bool = False
     on_wait: QueueListener | None = None
+    on_preempt: Preempted | None = None
 
     @classmethod
     def parse(

@@ -81,7 +81,7 @@ class ElasticPlan:
     output: int = 60
     patience_s: float = 30.0
     target_s: float = 3.0
-    prompt_of_card: int = 256
+    prompt_of_card: int = 80
     forms: tuple[Form, ...] = FORMS
 
 

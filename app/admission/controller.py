@@ -146,6 +146,7 @@ class RedisAdmission(QueuedAdmission):
         self._shared = SharedDesk(roster, self._due, limits.queue_limit + ARRIVALS_PER_CALL)
         super().__init__(limits, roster, self._shared)
         self._metrics = metrics
+        metrics.ledger_resyncs.labels("changed")
         self._log = log
         self._clock = clock
         self._renew_s = limits.lease_s / RENEWALS_PER_LEASE
@@ -190,6 +191,10 @@ class RedisAdmission(QueuedAdmission):
         self._asked.append((asked, metered))
         self._due.set()
         return await asked
+
+    @property
+    def processes(self) -> int:
+        return self._census.processes
 
     @property
     def is_degraded(self) -> bool:
@@ -322,7 +327,8 @@ class RedisAdmission(QueuedAdmission):
         leases = [(lease.id, lease.worker_id) for lease in self.roster.held.values()]
         tickets = [lease_id for lease_id in self.roster.waiting if lease_id not in self._shared.arrivals]
         limits, slots = list(self.limits.items()), list(self.slots.items())
-        return ledger.sync(leases, tickets, slots, _new_epoch(), limits, self._reservations(), self._given())
+        reserved, given = self._reservations(), self._given()
+        return ledger.sync(leases, tickets, slots, _new_epoch(), limits, reserved, given, self._ledger.run_id)
 
     def _given(self) -> list[LocalTakings]:
         now_us = int(self._clock() * US)

@@ -8,32 +8,28 @@ our back (redis-py's default re-sends a command for a minute). The connection ha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha1
 from importlib import resources
-from ssl import SSLContext
 from typing import Any, TypeVar
 
 import hiredis
 import msgspec
-from redis.asyncio import Connection, ConnectionPool, SSLConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Connection
 from redis.exceptions import RedisError, ResponseError
 
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules, Standing
 from app.admission.quota import Claim, Metered, Reading, Settlement
 from app.admission.server_versions import doubt_about
 from app.admission.wire import Wire
-from app.credentials import TlsContexts, redis_password, tls_failure
 from app.errors import ConfigurationError
-from app.settings import Redis, Tls
+from app.redis_server import RedisServer, shown
+from app.settings import Redis
 
 LAYOUT = 2
-CONNECT_TIMEOUT_S = 0.5
 MIN_REDIS = (7, 0)
 NEVER_EVICTS = "noeviction"
 
@@ -217,13 +213,14 @@ def sync(
     limits: Sequence[tuple[str, int]] = (),
     reservations: Sequence[LiveReservation] = (),
     given: Sequence[LocalTakings] = (),
+    run_id: str = "",
 ) -> Call:
     """All that the replica holds, waits for, sees and has reserved; `new_epoch` is used if the ledger begins anew.
 
     `limits` are those that it would give to adaptive workers, (worker, limit); `given` is what it gave of tenants'
-    limits by itself.
+    limits by itself; `run_id` is the running server (see `Ledger.run_id`), empty where nobody knows.
     """
-    return Call("sync", _encode((leases, tickets, slots, new_epoch, limits, reservations, given)), Synced)
+    return Call("sync", _encode((leases, tickets, slots, new_epoch, limits, reservations, given, run_id)), Synced)
 
 
 def look(metered: Sequence[Metered] = ()) -> Call:
@@ -272,12 +269,14 @@ class Ledger:
         self._scripts = scripts
         self.prefix = f"{{{redis.prefix}}}:{scripts.layout}:"
         self._channel = f"{self.prefix}grants:{replica}".encode()
-        self._tls = _context_of(redis)
+        self._server = RedisServer(redis)
         self._wire: Wire | None = None
         self._listener: Connection | None = None
         self._number = 0
         self._answered = -1
         self.epoch = ""
+        self.run_id = ""
+        """The running server that is held, by its own random id: after a start or a failover it is another."""
         self.doubt: str | None = None
 
     def expect(self, replicas: int) -> None:
@@ -290,10 +289,12 @@ class Ledger:
         """Connect, check the server, load the scripts, subscribe. Raises LedgerGone, ConfigurationError."""
         await self.close()
         try:
-            self._wire = Wire(await _connected(self._redis, self._tls))
-            self.doubt = _check_server(await _info(self._wire, self._until()), self._redis)
+            self._wire = Wire(await _connected(self._server))
+            facts = _facts_of(await _info(self._wire, self._until()))
+            self.doubt = _check_server(facts, self._redis)
+            self.run_id = facts.get("run_id", "")
             await self._load(self._until())
-            self._listener = await _connected(self._redis, self._tls)
+            self._listener = await _connected(self._server)
             async with _bounded(self._redis.call_timeout_s):
                 await self._listener.send_packed_command(_packed(b"SUBSCRIBE", self._channel), check_health=False)
                 await self._listener.read_response(disable_decoding=True)
@@ -400,33 +401,17 @@ class Ledger:
 async def check(redis: Redis) -> None:
     """Raises ConfigurationError for a server that must not hold a ledger; one that is out of reach may come back."""
     with suppress(LedgerGone):
-        wire = Wire(await _connected(redis, _context_of(redis)))
+        wire = Wire(await _connected(RedisServer(redis)))
         try:
-            _check_server(await _info(wire, asyncio.get_running_loop().time() + redis.call_timeout_s), redis)
+            until = asyncio.get_running_loop().time() + redis.call_timeout_s
+            _check_server(_facts_of(await _info(wire, until)), redis)
         finally:
             wire.close()
 
 
-def _context_of(redis: Redis) -> SSLContext | None:
-    return TlsContexts().of(redis.tls or Tls()) if redis.url.startswith("rediss://") else None
-
-
-async def _connected(redis: Redis, tls: SSLContext | None) -> Connection:
-    pool = ConnectionPool.from_url(
-        redis.url,
-        password=redis_password(redis),
-        protocol=2,
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=None,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-    )
-    connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
-    if isinstance(connection, SSLConnection):
-        # redis-py's own would trust the system's authorities beside the one that is configured.
-        connection.ssl_context.context = tls
-    async with _bounded(redis.call_timeout_s):
-        await connection.connect()  # type: ignore[no-untyped-call]
-    return connection
+async def _connected(server: RedisServer) -> Connection:
+    async with _bounded(server.connect_timeout_s):
+        return await server.connected()
 
 
 async def _asked(wire: Wire, commands: Sequence[bytes], until: float) -> list[Any]:
@@ -434,7 +419,7 @@ async def _asked(wire: Wire, commands: Sequence[bytes], until: float) -> list[An
     try:
         return await wire.exchange(commands, until)
     except OSError as error:
-        raise LedgerGone(_shown(error)) from None
+        raise LedgerGone(shown(error)) from None
 
 
 async def _info(wire: Wire, until: float) -> bytes:
@@ -466,11 +451,7 @@ class _bounded:  # noqa: N801 - used as a statement
         except TimeoutError:
             raise LedgerGone(f"no answer within {self._timeout_s:g} s") from None
         if isinstance(error, (RedisError, OSError)):
-            raise LedgerGone(_shown(error)) from None
-
-
-def _shown(error: Exception) -> str:
-    return tls_failure(error) or _code_of(error) or str(error)
+            raise LedgerGone(shown(error)) from None
 
 
 def _packed(*words: bytes) -> bytes:
@@ -479,21 +460,25 @@ def _packed(*words: bytes) -> bytes:
     return packed
 
 
-def _check_server(info: bytes, settings: Redis) -> str | None:
+def _facts_of(info: bytes) -> dict[str, str]:
+    """What a server says of itself in INFO."""
+    return dict(line.split(":", 1) for line in info.decode("utf-8", "replace").splitlines() if ":" in line)
+
+
+def _check_server(facts: Mapping[str, str], settings: Redis) -> str | None:
     """What speaks against the server's version, if anything.
 
     Raises ConfigurationError for a server that cannot hold the ledger, LedgerGone for one that cannot now.
     """
-    facts = dict(line.split(":", 1) for line in info.decode("utf-8", "replace").splitlines() if ":" in line)
     version = facts.get("redis_version", "0.0")
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_REDIS:
-        raise ConfigurationError(f"redis.url: the server is Redis {version}; 7.0 or newer is needed (or Valkey 8)")
-    if facts.get("cluster_enabled") == "1":
-        raise ConfigurationError("redis.url: the server runs in cluster mode; one primary with replicas is needed")
+        raise ConfigurationError(f"redis: the server is Redis {version}; 7.0 or newer is needed (or Valkey 8)")
+    if facts.get("cluster_enabled") == "1" and not settings.cluster:
+        raise ConfigurationError("redis: the server runs in cluster mode; name its nodes in redis.cluster")
     policy = facts.get("maxmemory_policy", NEVER_EVICTS)
     if policy != NEVER_EVICTS and not settings.allow_eviction:
         raise ConfigurationError(
-            f"redis.url: the server's maxmemory-policy is {policy}, which loses leases; set noeviction,"
+            f"redis: the server's maxmemory-policy is {policy}, which loses leases; set noeviction,"
             " or redis.allow_eviction: true"
         )
     if facts.get("role") != "master":

@@ -7,7 +7,7 @@ import hashlib
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Protocol, Self
@@ -18,6 +18,7 @@ from app import settings
 from app.admission.announcer import Announcer
 from app.admission.cost import Costs
 from app.admission.fairness import MOVED, RANK, Debt, Kind, Overview, Place, Rules, Standing
+from app.admission.preemption import chosen
 from app.admission.quota import CONCURRENT, Metered, Reading, Settlement
 from app.admission.reservation import Home, Reservation, too_large
 from app.admission.ticket import Ticket
@@ -45,6 +46,7 @@ class QueuedLease:
         "id",
         "is_again",
         "is_moved",
+        "is_preempted",
         "is_unserved",
         "reservation",
         "since",
@@ -64,6 +66,7 @@ class QueuedLease:
         self.waited_s = ticket.waited_s
         self.is_again = False
         self.is_moved = False
+        self.is_preempted = False
         self.is_unserved = False
         self.wait_us = 0
         self.since = 0.0
@@ -142,7 +145,11 @@ class Roster:
         self._loads: Counter[str] = Counter()
         self.waiting: dict[str, QueuedLease] = {}
         self.held: dict[str, QueuedLease] = {}
+        self.preemptible: dict[str, QueuedLease] = {}
+        """Those of `held` that may be asked to give their slot back, by grant."""
         self.reserved: dict[str, Reservation] = {}
+        self.slots: dict[str, int] = {}
+        """Of each worker, as this process was told."""
 
     def new_id(self) -> str:
         """Never given before: 128 random bits, after the name of this process."""
@@ -183,6 +190,8 @@ class Roster:
         lease.waited_s += self.clock() - lease.since
         self.held[lease_id] = lease
         self._loads[worker_id] += 1
+        if lease.ticket.on_preempt is not None:
+            self.preemptible[lease_id] = lease
         self._finish(lease, None)
 
     def refuse(self, lease_id: str, error: GatewayError) -> None:
@@ -210,11 +219,23 @@ class Roster:
             reservation.readings = readings
 
     def park(self, lease: QueuedLease, wait_us: int) -> None:
-        """It was not granted at once: from now on its deadline is watched."""
+        """It was not granted at once: from now on its deadline is watched, and who may have to makes room for it."""
         lease.wait_us = wait_us  # how long from here on, as far as the drain rate tells
         if lease.timer is None and lease.granted is not None and not lease.granted.done():
             left_s = max(0.0, lease.deadline - self.clock())
             lease.timer = asyncio.get_running_loop().call_later(left_s, self._expire, lease)
+            if self.preemptible and lease.ticket.band is not Band.BATCH:
+                self.preempt(lease.ticket.candidates)
+
+    def preempt(self, workers: Collection[str], most: int = 1) -> int:
+        """Ask for up to `most` slots of these workers back; how many were asked for. None is asked for twice."""
+        leases = chosen(reversed(self.preemptible.values()), workers, self.slots, most)
+        for lease in leases:
+            del self.preemptible[lease.id]
+            lease.is_preempted = True
+            if lease.ticket.on_preempt is not None:
+                lease.ticket.on_preempt()
+        return len(leases)
 
     def tell(self, lease_id: str, standing: Standing) -> None:
         """Where it stands, for whoever listens while it waits."""
@@ -228,6 +249,8 @@ class Roster:
             return False
         if lease.worker_id:
             self._loads[lease.worker_id] -= 1
+        if lease.ticket.on_preempt is not None:
+            self.preemptible.pop(lease.id, None)
         if lease.timer is not None:
             lease.timer.cancel()
             lease.timer = None
@@ -307,7 +330,7 @@ class QueuedAdmission:
         self.roster = roster
         self.desk = desk
         self.announcer = Announcer(lambda tickets: self.desk.ask_standing(tickets), roster.clock)
-        self.slots: dict[str, int] = {}
+        self.slots = roster.slots
         self.limits: dict[str, int] = {}
         self.steered: dict[str, int] = {}
         """The limits of adaptive workers that another gateway process sets."""
@@ -317,6 +340,11 @@ class QueuedAdmission:
     async def overview(self, metered: Sequence[Metered] = ()) -> Overview:
         """All that waits, wherever it arrived, and what these tenants have used. Raises DependencyUnavailable."""
         raise NotImplementedError
+
+    @property
+    def processes(self) -> int:
+        """How many share the queue, this one included."""
+        return 1
 
     @property
     def is_degraded(self) -> bool:
@@ -389,8 +417,11 @@ class QueuedAdmission:
         await self._stand(lease)
 
     def leave(self, lease: QueuedLease, spent: TokenUsage | Spent | None) -> None:
-        """The end of a lease. In the order of the queue the estimate stands where usage is not known."""
-        owed = 0.0
+        """The end of a lease. In the order of the queue the estimate stands where usage is not known.
+
+        Who was preempted has had nothing for it, and stands in the queue again.
+        """
+        owed = -lease.cost if lease.is_preempted else 0.0
         if isinstance(spent, TokenUsage):
             self._costs.of(lease.ticket.model).learn(lease.ticket.prompt_bytes, spent)
             owed = spent.prompt_tokens + spent.completion_tokens - lease.cost

@@ -8,7 +8,7 @@ from typing import Protocol, Self
 import msgspec
 
 from app.errors import Allowance
-from app.inference import Band, InferenceRequest, QueueListener, Spent, TokenUsage
+from app.inference import Band, InferenceRequest, Preempted, QueueListener, Spent, TokenUsage
 from app.tenant import ANONYMOUS, Tenant
 
 
@@ -18,7 +18,8 @@ class Ticket(msgspec.Struct, frozen=True):
     `candidates` are worker ids, best first; `deadline` is monotonic seconds, after which the ticket must not be
     granted. `prompt_bytes` and `max_tokens` (for all of its choices together) are what its cost is estimated from; the
     bytes are also what the request holds in memory while it waits. `on_wait` is told where it stands: see `announcer`.
-    It has waited for `waited_s` elsewhere. A trial that is refused counts as no refusal: the request goes on elsewhere.
+    `on_preempt` is told when its slot is wanted back: see `preemption`. It has waited for `waited_s` elsewhere. A trial
+    that is refused counts as no refusal: the request goes on elsewhere.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Ticket(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     deadline: float = float("inf")
     on_wait: QueueListener | None = None
+    on_preempt: Preempted | None = None
     waited_s: float = 0.0
     is_trial: bool = False
 
@@ -53,6 +55,7 @@ class Ticket(msgspec.Struct, frozen=True):
             max_tokens=request.max_output,
             deadline=min(request.deadline, deadline),
             on_wait=request.on_wait,
+            on_preempt=request.on_preempt,
             waited_s=waited_s,
             is_trial=deadline < float("inf"),
         )

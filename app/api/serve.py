@@ -17,8 +17,9 @@ from app.api.processes import Processes
 from app.api.protocol import ClientConnection
 from app.api.server import START_TIMEOUT_S, Server
 from app.catalogue import Catalogue
-from app.credentials import TlsContexts, server_secret
+from app.credentials import server_secret
 from app.errors import LaunchError
+from app.redis_server import RedisServer
 from app.reload import Source
 from app.settings import Settings
 from app.telemetry.tracing import check_tracing
@@ -37,8 +38,8 @@ def check(settings: Settings) -> None:
         read_workers(path, settings.reload.workers_per_name)
     server_secret(settings.auth)
     check_tracing(settings.tracing)
-    if settings.redis is not None and settings.redis.tls is not None:
-        TlsContexts().of(settings.redis.tls)
+    if settings.redis is not None:
+        RedisServer(settings.redis)
 
 
 def serve(settings: Settings, source: Source | None = None) -> None:

@@ -12,17 +12,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from app import settings
-from app.credentials import redis_password
 from app.errors import DependencyUnavailable
+from app.redis_server import RedisServer
 
 SUBJECTS_PER_CALL = 512
 RENEWAL_MAX_S = 1.0
+CONNECTIONS = 8
 OPENING = "-opening-"
 
 # A server that has lost its memory gives no claims until all holders have had the time to tell what they hold.
@@ -133,14 +131,7 @@ class RedisClaims:
     """Shared by all gateways of a Redis."""
 
     def __init__(self, redis: settings.Redis, lease_s: float, clock: Callable[[], float]) -> None:
-        self._redis: Redis = Redis.from_url(
-            redis.url,
-            password=redis_password(redis),
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=redis.call_timeout_s,
-            socket_connect_timeout=redis.call_timeout_s,
-            max_connections=8,
-        )
+        self._redis = RedisServer(redis).client(CONNECTIONS)
         self._prefix = f"{{{redis.prefix}}}:claims:"
         self._timeout_s = redis.call_timeout_s
         self._lease_s = lease_s

@@ -7,9 +7,11 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from math import ceil
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from app.batches.batch import Batch
 from app.batches.journal import Journal, RangeLog, Sealed
@@ -31,6 +33,7 @@ from app.gateway import Gateway
 from app.inference import Band, InferenceRequest, Route
 from app.settings import Batches as Limits
 from app.settings import Parameters
+from app.telemetry.account import PREEMPTED
 from app.telemetry.logs import Log
 from app.telemetry.metrics import Metrics
 from app.tenant import Tenant
@@ -40,6 +43,7 @@ COMMIT_BYTES = 1024 * 1024
 STORAGE_REST_S = 1.0
 PACE_S = 0.2
 AHEAD_S = 1.0
+SPEED_WEIGHT = 0.1
 
 
 class Gate:
@@ -88,6 +92,10 @@ class Gate:
         self.slack, self._interactive_seen = slack, interactive
         self._let_in()
 
+    def narrow(self, lines: int) -> None:
+        """So many are on their way out, and their places are not theirs to give: until the next look."""
+        self.slack = replace(self.slack, limit=max(0, min(self.slack.limit, self.inside) - lines))
+
     @property
     def _limit(self) -> int:
         return (
@@ -104,6 +112,42 @@ class Gate:
             if not turn.done():
                 self.inside += 1
                 turn.set_result(None)
+
+
+class Preempted(Exception):
+    """The line gave its slot to a better request: it is sent again, as if it had not been."""
+
+
+class Preemption:
+    """Lets a line be taken off its worker while this is entered: see `InferenceRequest.on_preempt`.
+
+    What is called ends the task's present wait, which raises Preempted here; as in `asyncio.timeout`, a cancellation
+    that comes from elsewhere in the same moment stays one.
+    """
+
+    __slots__ = ("_cancelling", "_is_open", "_task", "has_happened")
+
+    def __init__(self) -> None:
+        self.has_happened = False
+        self._is_open = False
+
+    def __call__(self) -> None:
+        if self._is_open and not self.has_happened:
+            self.has_happened = True
+            self._task.cancel(PREEMPTED)
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - inside a coroutine there is one
+        self._task, self._cancelling, self._is_open = task, task.cancelling(), True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_open = False
+        if self.has_happened and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise Preempted from error
 
 
 class Pace:
@@ -127,6 +171,8 @@ class Sight(Protocol):
     async def look(self, name: str) -> Seen: ...
 
     def interactive(self, name: str) -> int: ...
+
+    async def give_way(self, name: str) -> int: ...
 
 
 class LineRuns:
@@ -155,6 +201,7 @@ class LineRuns:
         self._clock = clock
         self._gates: dict[str, Gate] = {}
         self._paces: dict[str, Pace] = {}
+        self._tokens_per_s: dict[str, float] = {}
         self._runs: set[RangeRun] = set()
 
     @property
@@ -171,6 +218,7 @@ class LineRuns:
         ]:
             del self._gates[model]
             self._paces.pop(model, None)
+            self._tokens_per_s.pop(model, None)
 
     async def look(self) -> None:
         """Let as many lines pass as there is slack for now."""
@@ -179,6 +227,14 @@ class LineRuns:
             most, target_s = self.limits.lines_in_flight, self.limits.ttft_target_s
             self._paces.setdefault(model, Pace()).look(gate.passed_ever, self._clock())
             gate.set(gate.slack.look(seen, gate.inside, most=most, ttft_target_s=target_s), seen.interactive)
+
+    async def give_way(self) -> None:
+        """Make room for interactive requests that wait, whichever process they came to."""
+        for model, gate in list(self._gates.items()):
+            if gate.inside:
+                given = await self._sight.give_way(model)
+                if given:
+                    gate.narrow(given)
 
     def room(self, model: str) -> int:
         """How many more lines are wanted at hand, so that none of those in flight is missed until the next looks."""
@@ -194,11 +250,32 @@ class LineRuns:
     def left(self, run: RangeRun) -> None:
         self._runs.discard(run)
 
-    async def answer(self, batch: Batch, index: int, line: Line) -> Record:
-        """One dispatch of one line. Raises what may go better another time."""
+    async def answer(self, batch: Batch, index: int, line: Line, *, is_protected: bool) -> Record:
+        """One dispatch of one line. Raises what may go better another time; Preempted unless it `is_protected`."""
+        began = self._clock()
+        try:
+            with Preemption() as preemption:
+                record = await self._answer(batch, index, line, None if is_protected else preemption)
+        except Preempted:
+            self._metrics.batch_preemptions.inc()
+            in_vain = self._tokens_per_s.get(batch.model, 0.0) * (self._clock() - began)
+            self._metrics.batch_preempted_tokens.inc(in_vain)
+            raise
+        self._learn(batch.model, record, self._clock() - began)
+        return record
+
+    def _learn(self, model: str, record: Record, took_s: float) -> None:
+        """How fast lines generate, for what those that are taken away have generated in vain."""
+        if record.cost.output_tokens and took_s > 0:
+            per_s = record.cost.output_tokens / took_s
+            known = self._tokens_per_s.get(model, per_s)
+            self._tokens_per_s[model] = known + SPEED_WEIGHT * (per_s - known)
+
+    async def _answer(self, batch: Batch, index: int, line: Line, on_preempt: Callable[[], None] | None) -> Record:
         request_id = secrets.token_hex(16)
         try:
             request = self._request(batch, line, request_id)
+            request.on_preempt = on_preempt
             body = await self._ask(request)
             record = answered(index, line, request_id, body)
         except (InvalidRequest, RequestQuarantined) as error:
@@ -331,14 +408,18 @@ class RangeRun:
 
     async def _try(self, at: int, line: Line) -> Record | None:
         """Its record; None if it is not ours to send any more."""
-        attempts = 0
+        attempts = preemptions = 0
         while True:
             await self._can_store.wait()
             async with self._gate.passed():
                 if not self._may_send(at):
                     return None
                 try:
-                    return await self._runs.answer(self.batch, at, line)
+                    is_protected = preemptions >= self._runs.limits.preemptions_per_line
+                    return await self._runs.answer(self.batch, at, line, is_protected=is_protected)
+                except Preempted:
+                    preemptions += 1
+                    continue  # behind all others: in front, the same ones were taken until they keep their slots
                 except GatewayError as error:
                     # What nobody worked on does not count: no worker, no slot, a limit of the tenant's.
                     if not isinstance(error, Unavailable) and error.status != 429:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from math import ceil
 
 from app.admission.fairness import RANK
-from app.admission.roster import QueuedAdmission
+from app.admission.roster import US, QueuedAdmission
 from app.batches.slack import Seen
 from app.catalogue import Catalogue
 from app.errors import ModelNotFound
 from app.telemetry.account import Ttfts
 from app.tenant import Band
 from app.workers.registry import Registry
+
+IN_VAIN_S = 0.1
+"""Who has waited for so long was not helped by the process that it came to."""
 
 
 class Meter:
@@ -50,13 +54,39 @@ class Meter:
         )
 
     def interactive(self, name: str) -> int:
-        """How many slots of the model this process' interactive requests hold now."""
-        try:
-            variants = self._catalogue.resolve(name)
-        except ModelNotFound:
+        """How many slots of the model this process' interactive requests hold or wait for now."""
+        return self._interactive(self._pool(name))
+
+    async def give_way(self, name: str) -> int:
+        """Take lines off workers for those who have waited in vain, here or elsewhere; how many.
+
+        For its own a process makes room when they begin to wait. This is for those whose process has no line to take,
+        and for those who were overtaken.
+        """
+        pool, admission = self._pool(name), self._admission
+        if not admission.roster.preemptible:
             return 0
-        return self._interactive({worker.id for worker in self._registry.pool(variants)})
+        flows = [
+            flow
+            for flow in (await admission.overview()).flows
+            if flow.band < RANK[Band.BATCH]
+            and flow.oldest_us >= IN_VAIN_S * US
+            and not pool.isdisjoint(flow.candidates)
+        ]
+        workers = {worker_id for flow in flows for worker_id in flow.candidates}
+        # The others see the same: each does its part.
+        return admission.roster.preempt(workers, ceil(sum(flow.tickets for flow in flows) / admission.processes))
+
+    def _pool(self, name: str) -> Set[str]:
+        try:
+            return {worker.id for worker in self._registry.pool(self._catalogue.resolve(name))}
+        except ModelNotFound:
+            return frozenset()
 
     def _interactive(self, pool: Set[str]) -> int:
-        leases = self._admission.roster.held.values()
-        return sum(lease.worker_id in pool and lease.ticket.band is not Band.BATCH for lease in leases)
+        roster = self._admission.roster
+        holding = sum(lease.worker_id in pool and lease.ticket.band is not Band.BATCH for lease in roster.held.values())
+        return holding + sum(
+            lease.ticket.band is not Band.BATCH and not pool.isdisjoint(lease.ticket.candidates)
+            for lease in roster.waiting.values()
+        )

@@ -29,6 +29,8 @@ ORPHAN_S = 60.0
 SWEEP_S = 600.0
 STOP_S = 5.0
 LOOK_PAUSE_S = 0.05
+GIVE_WAY_S = 0.2
+INSPECTED_BYTES = 32 * 1024  # in one go, about a millisecond
 EXPIRED = "This request could not be executed before the completion window expired."
 
 
@@ -78,7 +80,7 @@ class Runner:
     async def running(self) -> AsyncIterator[None]:
         """Do the work. In the end what is finished is stored, and the rest let go for others to take."""
         looking = asyncio.create_task(self._run())
-        renewing = asyncio.create_task(self._renew())
+        beside = [asyncio.create_task(work) for work in (self._renew(), self._give_way())]
         try:
             yield
         finally:
@@ -90,8 +92,9 @@ class Runner:
                 _, late = await asyncio.wait(tasks, timeout=STOP_S)
                 for task in late:
                     task.cancel()
-            renewing.cancel()
-            await asyncio.gather(looking, renewing, *tasks, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(looking, *beside, *tasks, return_exceptions=True)
             await self._claims.close()
 
     def wake(self) -> None:
@@ -119,6 +122,14 @@ class Runner:
         while True:
             await self._claims.renew()
             await asyncio.sleep(renewal_s(self._limits.lease_s))
+
+    async def _give_way(self) -> None:
+        while True:
+            try:
+                await self._runs.give_way()
+            except Exception:  # noqa: BLE001 - requests wait a little longer; the next time may be better
+                self._log.exception("lines did not give way")
+            await asyncio.sleep(GIVE_WAY_S)
 
     # looking
 
@@ -207,7 +218,9 @@ class Runner:
         try:
             record = await self._input(batch)
             async for chunk in self._files.content(batch.tenant, record):
-                inspection.feed(chunk)
+                for start in range(0, len(chunk), INSPECTED_BYTES):
+                    inspection.feed(chunk[start : start + INSPECTED_BYTES])
+                    await asyncio.sleep(0)  # others have their turn: this is nobody's hurry
                 if inspection.is_over:
                     break
             result = inspection.result()

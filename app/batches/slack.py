@@ -1,9 +1,10 @@
 """How many lines may be in flight: what interactive requests leave over, and no more. Pure.
 
-Lines come last in the queue, so a waiting line takes nothing from anybody; but one that runs keeps its slot until it
-is done. So lines are only sent for slots that stand free, and while interactive requests come a tenth of what is idle
-is kept free for the next ones. Between looks the gate takes back a line for each of them that arrives. One that has to
-wait, or a TTFT above its target, halves the lines at once; they come back step by step.
+Lines come last in the queue, so a waiting line takes nothing from anybody; and one that runs is taken off its worker
+for a request that would wait for its slot, which costs what it has done. So lines are only sent for slots that stand
+free, and while interactive requests come a part of what is idle is kept free for the next ones. Between looks the gate
+takes back a line for each of them that arrives. One that waits at a look, or a TTFT above its target, halves the lines
+that may be in flight; they come back step by step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 PEAK_KEPT = 0.95
 """Of a peak, after each look: half of it is forgotten after some fourteen."""
-RESERVE = 0.1
+RESERVE = 0.05
 """Of what interactive requests leave over; but at least one slot, while there are any."""
 WAITING_LINES = 1
 """Lines that may wait for a slot, so that one that comes free is used at once."""
@@ -22,9 +23,9 @@ WAITING_LINES = 1
 class Seen:
     """One look at the workers of a model. Tokens flow elsewhere; these are slots and requests.
 
-    `slots` there are, of which nobody holds `free`; `interactive` are held by this process' other requests; `waiting`
-    requests of all processes outrank lines and wait; `lines_waiting` lines wait; `ttft_s` is the recent mean, None
-    without any.
+    `slots` there are, of which nobody holds `free`; `interactive` are held, or waited for, by this process' other
+    requests; `waiting` requests of all processes outrank lines and wait; `lines_waiting` lines wait; `ttft_s` is the
+    recent mean, None without any.
     """
 
     slots: int

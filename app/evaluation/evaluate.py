@@ -14,6 +14,7 @@ from app.card import Card, MeasuredOn, Quality, SparseUse, Speed, TaskName, Unce
 from app.errors import ConfigurationError, LaunchError
 from app.evaluation import economics, harness, offline
 from app.evaluation.calibration import Answered, calibrate
+from app.evaluation.document import document
 from app.evaluation.endpoint import Answer, Client, Endpoint
 from app.evaluation.page import Row, figures, page
 from app.evaluation.quality import Graded, TextSums, quality
@@ -41,12 +42,12 @@ from app.launcher.progress import Step, Steps
 from app.recipes.safetensors import activated_share, read_config
 from app.settings import QualityGate
 
-PAGE, PICTURE = "variants.md", "variants.svg"
+PAGE, DOCUMENT, PICTURE = "variants.md", "variants.html", "variants.svg"
 STREAMS = (1, 8)
 PROMPTS_PER_STREAM = 3
 GENERATED_TOKENS = 64
 WARM_UP_TOKENS = 4
-CONTEXT_TOKENS = 140  # in the KV cache while a stream is measured: its prompt, and half of what is generated
+CONTEXT_TOKENS = 112  # in the KV cache while a stream is measured: its prompt, and half of what is generated
 QUALITY_PARTS = ("quality", "uncertainty", "seed", "text_sha256")
 SPEED_PARTS = ("speed", "memory_bytes", "cost", "sparse_use", "machine")
 
@@ -82,6 +83,10 @@ class Order:
     def wants(self, part: Part) -> bool:
         return self.only in {None, part}
 
+    def measures(self, sibling: Sibling) -> bool:
+        """Quality is held against the dense sibling's own answers; speed needs nobody beside."""
+        return self.only != "speed" or not self.variants or sibling.name in self.variants
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:
@@ -107,28 +112,37 @@ def evaluate(order: Order, steps: Steps) -> Path | None:
     siblings = find_siblings(order.home, order.model, order.variants)
     if not order.report:
         with locked(make_directory(order.home.root) / "evaluate.lock", wait_s=0):
-            siblings = Evaluation(order, steps, siblings).cards()
+            measured = {sibling.name: sibling for sibling in Evaluation(order, steps, siblings).cards()}
+        siblings = [measured.get(sibling.name, sibling) for sibling in siblings]
     return write_page(order.output, siblings) if order.output else None
 
 
 def write_page(directory: Path, siblings: Sequence[Sibling]) -> Path:
-    """`variants.md` and its picture, from the cards as they are. Raises ConfigurationError when there are none."""
+    """`variants.md` with its picture, and the same for a browser, from the cards as they are.
+
+    Raises ConfigurationError when there are none.
+    """
     rows = [Row(one.name, one.manifest.recipe, card) for one in siblings if (card := one.manifest.card)]
     if not rows or rows[0].variant != siblings[0].name:
         raise ConfigurationError(f"{siblings[0].public_name} has no card yet: `sluice evaluate` without --report first")
     make_directory(directory)
-    (directory / PICTURE).write_text(radar(figures(rows)), encoding="utf-8")
-    (directory / PAGE).write_text(page(siblings[0].manifest.model, rows, PICTURE), encoding="utf-8")
+    picture, text = radar(figures(rows)), page(siblings[0].manifest.model, rows, PICTURE)
+    (directory / PICTURE).write_text(picture, encoding="utf-8")
+    (directory / PAGE).write_text(text, encoding="utf-8")
+    (directory / DOCUMENT).write_text(document(text, PICTURE, picture), encoding="utf-8")
     return directory / PAGE
 
 
 class Evaluation:
-    """One run over several siblings, the dense one first: the others' answers are held against its."""
+    """One run over several siblings, the dense one first: the others' answers are held against its.
+
+    Where it is speed alone of variants that were named, only these are run.
+    """
 
     def __init__(self, order: Order, steps: Steps, siblings: Sequence[Sibling]) -> None:
         self._order = order
         self._steps = steps
-        self._siblings = siblings
+        self._siblings = [sibling for sibling in siblings if order.measures(sibling)]
         self._text = offline.Text.at(order.texts)
         self._machine = inspect_machine()
         self._choice = choose_engine(order.engine, order.home, self._machine)
@@ -152,7 +166,7 @@ class Evaluation:
         """The environments that are missing, after what is asked of them is known to be possible."""
         wanted: list[Environment] = []
         if self._order.needs_worker:
-            require_installed(self._choice)
+            require_installed(self._choice, self._machine)
         if self._order.wants("quality") or self._has_experts:
             wanted.append(RECIPES)
         if self._order.wants("quality") and self._order.items:

@@ -283,6 +283,6 @@ def _measured(rows: Sequence[Row]) -> str:
         f"- Machine: {where}{price}. One worker at a time, the client beside it.\n"
         f"- Quality: {tokens} (SHA-256 `{card.text_sha256[:12]}`), all logits; {_items(card)} items of three tasks"
         f" through the worker's own API by lm-evaluation-harness; seed {card.seed}.\n"
-        "- Speed: prompts of about 100 tokens that share no beginning, 64 generated tokens, greedy, streamed. Memory is"
+        "- Speed: prompts of about 80 tokens that share no beginning, 64 generated tokens, greedy, streamed. Memory is"
         " the PSS of the worker's processes."
     )

@@ -102,7 +102,7 @@ def _arithmetic(random: Random, count: int) -> list[Item]:
 
 
 def prompts(count: int, seed: int) -> list[str]:
-    """Texts of about a hundred tokens for measurements of speed; they differ from their first word on, so that none is
+    """Texts of about eighty tokens for measurements of speed; they differ from their first word on, so that none is
     found in a prefix cache."""
     random = Random(f"prompts {seed}")  # noqa: S311 - a draw of words, no secret
     return [" ".join(random.choices(WORDS, k=PROMPT_WORDS)) for _ in range(count)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from app.errors import LaunchError
 from app.launcher.environments import WORKER_CPU
 from app.launcher.home import Home
-from app.launcher.machine import Machine
+from app.launcher.machine import Machine, require_libnuma
 from app.launcher.processes import Engine
 
 
@@ -51,8 +51,10 @@ def find_vllm() -> Path | None:
     return python if python.exists() else None
 
 
-def require_installed(choice: EngineChoice) -> EngineChoice:
-    """The same choice. Raises LaunchError when its interpreter is not there."""
+def require_installed(choice: EngineChoice, machine: Machine) -> EngineChoice:
+    """The same choice. Raises LaunchError when its interpreter, or what that needs of the machine, is not there."""
+    if choice.engine is Engine.CPU:
+        require_libnuma(machine)
     if not choice.python.exists():
         raise LaunchError(f"no vLLM here: `sluice up --prepare-only` installs one at {choice.python.parents[1]}")
     return choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import shutil
@@ -18,6 +19,7 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 LIBRARY_DIRECTORIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
 TCMALLOC = "libtcmalloc_minimal.so.4"
+LIBNUMA = "libnuma.so.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Machine:
     cpu_flags: frozenset[str] = frozenset()
     has_nvidia: bool = False
     tcmalloc: Path | None = None
+    has_libnuma: bool = True
 
     @property
     def computes_bfloat16(self) -> bool:
@@ -43,6 +46,7 @@ def inspect_machine() -> Machine:
         cpu_flags=_cpu_flags(),
         has_nvidia=NVIDIA_DEVICE.exists(),
         tcmalloc=_library(TCMALLOC),
+        has_libnuma=_loads(LIBNUMA),
     )
 
 
@@ -51,6 +55,18 @@ def require_memory(machine: Machine, need: int, purpose: str) -> None:
     if machine.memory_available < need:
         raise LaunchError(
             f"not enough memory: {purpose} needs about {_gib(need)}, {_gib(machine.memory_available)} is available"
+        )
+
+
+def require_libnuma(machine: Machine) -> None:
+    """Raises LaunchError without the one library that vLLM's CPU build needs and no wheel brings.
+
+    vLLM itself only warns that it cannot be imported, and fails later over something else.
+    """
+    if not machine.has_libnuma:
+        raise LaunchError(
+            f"vLLM's CPU build needs {LIBNUMA}: `apt-get install libnuma1` (Debian, Ubuntu)"
+            " or `dnf install numactl-libs` (Fedora, RHEL)"
         )
 
 
@@ -95,6 +111,15 @@ def _cpu_flags() -> frozenset[str]:
 def _library(name: str) -> Path | None:
     paths = (Path(directory) / name for directory in LIBRARY_DIRECTORIES)
     return next((path for path in paths if path.exists()), None)
+
+
+def _loads(name: str) -> bool:
+    """Whether the loader finds a shared library, wherever that is on this machine."""
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def _gib(size: int) -> str:

@@ -155,12 +155,17 @@ def valkey(server: Path, socket: Path, log: Path, environ: Mapping[str, str]) ->
     return ProcessSpec("valkey", arguments, log, dict(environ), VALKEY_STOP_S)
 
 
+def worker_name(served_model: str) -> str:
+    """What the process of a worker is called."""
+    return f"worker {served_model}"
+
+
 def worker(
     python: Path, options: WorkerOptions, engine: Engine, machine: Machine, environ: Mapping[str, str], log: Path
 ) -> ProcessSpec:
     """A vLLM worker under supervision, named after the variant that it serves."""
     return ProcessSpec(
-        f"worker {options.served_model}",
+        worker_name(options.served_model),
         worker_arguments(python, options, engine, machine),
         log,
         worker_environment(python, options, engine, machine, environ),

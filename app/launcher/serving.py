@@ -17,7 +17,7 @@ from app.errors import LaunchError
 from app.launcher.gateway_config import ServedWorker
 from app.launcher.network import get_json, reachable
 from app.launcher.preparation import PACKAGE
-from app.launcher.processes import ProcessSpec, gateway, valkey
+from app.launcher.processes import ProcessSpec, gateway, valkey, worker_name
 from app.launcher.progress import Step, Steps
 from app.launcher.supervisor import RestartPolicy, Supervisor
 from app.settings import Settings
@@ -41,8 +41,8 @@ class ReadyKeys:
 class Start:
     """All that has been decided. `valkey` is the server's binary, None where the settings name a Redis.
 
-    `served` are all workers that must be ready, `own` the processes among them. `keys` is None where none are asked
-    for, or where the settings say which ones.
+    `served` are all workers that are to be ready, `own` the processes among them, of which one suffices. `keys` is None
+    where none are asked for, or where the settings say which ones.
     """
 
     settings: Settings
@@ -85,7 +85,7 @@ async def _serve(start: Start, write_config: Callable[[str | None], Path], steps
         if not await _unless_stopped(_start_all(start, write_config, steps, socket, supervisor), supervisor, stop):
             raise LaunchError("stopped before it was ready")
         supervisor.settled()
-        steps.say(banner(start))
+        steps.say(banner(start, _in_rotation(start, supervisor)))
         await _unless_stopped(asyncio.Event().wait(), supervisor, stop)
 
 
@@ -139,13 +139,14 @@ async def _start_all(
         if start.valkey:
             await supervisor.start(valkey(start.valkey, socket, start.logs / "valkey.log", os.environ))
             await _accepts(socket)
-        await supervisor.start(*start.own)
+        # What one variant cannot, others may: an engine that does not take its format is no reason to serve none.
+        await supervisor.start(*start.own, one_suffices=True)
         config = write_config(f"unix://{socket}?db=0" if start.valkey else None)
         listen = start.settings.listen
         log = start.logs / "gateway.log"
         await supervisor.start(gateway(Path(sys.executable), config, listen, PACKAGE, log, os.environ))
     with steps.step("Waiting until each worker has generated a token") as step:
-        await _ready(start, step)
+        await _ready(start, supervisor, step)
 
 
 def _cast(start: Start) -> list[str]:
@@ -172,19 +173,24 @@ async def _connects(socket: Path) -> bool:
     return True
 
 
-async def _ready(start: Start, step: Step) -> None:
+async def _ready(start: Start, supervisor: Supervisor, step: Step) -> None:
     """Asks the gateway, which judges a worker by a generated token. Raises LaunchError after READY_TIMEOUT_S."""
     url = f"{reachable(start.settings.listen.host, start.settings.listen.port)}/readyz"
-    expected = {worker.url.removeprefix("http://") for worker in start.served}
     waiting_for = "the gateway does not answer"
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
             while waiting_for:
+                expected = {worker.url.removeprefix("http://") for worker in _in_rotation(start, supervisor)}
                 waiting_for = await asyncio.to_thread(_what_is_missing, url, expected)
                 step.note(waiting_for)
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise LaunchError(f"not ready within {READY_TIMEOUT_S / 60:.0f} minutes: {waiting_for}") from None
+
+
+def _in_rotation(start: Start, supervisor: Supervisor) -> tuple[ServedWorker, ...]:
+    """The workers whose processes were not given up."""
+    return tuple(one for one in start.served if worker_name(one.served_model) not in supervisor.given_up)
 
 
 def _what_is_missing(url: str, expected: set[str]) -> str:
@@ -201,8 +207,8 @@ def _what_is_missing(url: str, expected: set[str]) -> str:
     return "" if answer.get("status") == READY else "no worker is ready"
 
 
-def banner(start: Start) -> str:
-    """The three things to do next, and the keys for them."""
+def banner(start: Start, serving: tuple[ServedWorker, ...]) -> str:
+    """Which workers are `serving`, the three things to do next, and the keys for them."""
     listen, admin = start.settings.listen, start.settings.admin
     url = reachable(listen.host, listen.port)
     operator = reachable(admin.host, admin.port) if admin else url
@@ -213,7 +219,7 @@ def banner(start: Start) -> str:
         key = '-H "authorization: Bearer $OPENAI_API_KEY" '
         see = 'curl -H "authorization: Bearer $SLUICE_ADMIN_KEY" '
     return (
-        f"\nReady. Serving {', '.join(f'{one.model}:{one.variant}' for one in start.served)} at {url}/v1\n\n"
+        f"\nReady. Serving {', '.join(f'{one.model}:{one.variant}' for one in serving)} at {url}/v1\n\n"
         f"{_exports(start.keys, url)}"
         f"  Ask      curl {url}/v1/chat/completions {key}-H 'content-type: application/json' -d '{body}'\n"
         f"  API      {see}{operator}/docs\n"

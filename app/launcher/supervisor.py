@@ -92,7 +92,7 @@ class Supervisor:
     """Owns the processes of one start.
 
     Until `settled()` a death is a failure to start; from then on it is answered by restarts under the policy. What
-    cannot be mended appears on `failed`, once.
+    cannot be mended is given up, and appears on `failed`, once, unless others can do without it.
     """
 
     def __init__(self, policy: RestartPolicy, say: Callable[[str], None]) -> None:
@@ -101,15 +101,26 @@ class Supervisor:
         self._settled = False
         self._stages: list[list[asyncio.Task[None]]] = []
         self._running: dict[str, RunningProcess] = {}
+        self._given_up: set[str] = set()
         self._failed: asyncio.Future[LaunchError] = asyncio.get_running_loop().create_future()
 
-    async def start(self, *specs: ProcessSpec) -> None:
-        """Starts processes side by side; they are stopped before whatever was started earlier."""
+    async def start(self, *specs: ProcessSpec, one_suffices: bool = False) -> None:
+        """Starts processes side by side; they are stopped before whatever was started earlier.
+
+        Where `one_suffices`, one that is given up is no failure as long as another of them is kept.
+        """
         stage: list[asyncio.Task[None]] = []
         self._stages.append(stage)
+        together = frozenset(spec.name for spec in specs)
         for spec in specs:
             self._running[spec.name] = await RunningProcess.start(spec)
-            stage.append(asyncio.create_task(self._keep(spec), name=spec.name))
+            substitutes = together if one_suffices else frozenset({spec.name})
+            stage.append(asyncio.create_task(self._keep(spec, substitutes), name=spec.name))
+
+    @property
+    def given_up(self) -> frozenset[str]:
+        """The names of the processes that were not to be kept running."""
+        return frozenset(self._given_up)
 
     def settled(self) -> None:
         self._settled = True
@@ -131,7 +142,7 @@ class Supervisor:
         for running in self._running.values():
             running.kill()
 
-    async def _keep(self, spec: ProcessSpec) -> None:
+    async def _keep(self, spec: ProcessSpec, substitutes: frozenset[str]) -> None:
         """Lives as long as the process may: until it is cancelled, or until it gives the process up."""
         deaths: list[float] = []
         try:
@@ -144,12 +155,12 @@ class Supervisor:
                 )
                 failure = ProcessFailed(spec, reason, self._running[spec.name].log_start)
                 if wait_s is None:
-                    return self._fail(failure)
+                    return self._give_up(spec, substitutes, failure)
                 self._say(f"{failure}; starting it again in {wait_s:.0f} s")
                 await asyncio.sleep(wait_s)
                 self._running[spec.name] = await RunningProcess.start(spec)
         except OSError as error:
-            self._fail(LaunchError(f"{spec.name}: {error.strerror or error}"))
+            self._give_up(spec, substitutes, LaunchError(f"{spec.name}: {error.strerror or error}"))
         finally:
             await self._running.pop(spec.name).stop()
 
@@ -163,8 +174,11 @@ class Supervisor:
         finally:
             ended.cancel()
 
-    def _fail(self, failure: LaunchError) -> None:
-        if not self._failed.done():
+    def _give_up(self, spec: ProcessSpec, substitutes: frozenset[str], failure: LaunchError) -> None:
+        self._given_up.add(spec.name)
+        if not substitutes <= self._given_up:
+            self._say(f"{failure}; going on without it (all of it: {spec.log})")
+        elif not self._failed.done():
             self._failed.set_result(failure)
 
 

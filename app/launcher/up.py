@@ -20,7 +20,7 @@ from app.launcher.engines import EngineChoice, choose_engine
 from app.launcher.environments import WORKER_CPU, Installer
 from app.launcher.gateway_config import ServedWorker, gateway_config
 from app.launcher.home import Home, locked, make_directory
-from app.launcher.machine import Machine, inspect_machine, require_memory, shares
+from app.launcher.machine import Machine, inspect_machine, require_libnuma, require_memory, shares
 from app.launcher.network import GivenWorker, free_port, identify, require_free
 from app.launcher.preparation import DEFAULT_VARIANTS, Workshop
 from app.launcher.processes import (
@@ -133,6 +133,7 @@ def _engine_room(options: UpOptions, user: Mapping[str, Any]) -> EngineRoom:
         raise ConfigurationError(f"{options.config}: models: {base.model!r} is the model that is started here")
     choice = choose_engine(options.engine, options.home, machine)
     if choice.engine is Engine.CPU and not options.prepare_only:
+        require_libnuma(machine)
         names = options.variants or DEFAULT_VARIANTS
         need = worker_memory(guess_weights_bytes(base), options.kv_cache_bytes, machine)
         require_memory(machine, len(names) * need, f"a vLLM worker for each of {base.model}:{', '.join(names)}")

@@ -11,6 +11,8 @@ from app.recipes.recipe import Chain, Kind, Parameter, Recipe, Serving
 
 LLAMAS = ("llama", "mistral")
 STACKS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "granite", "olmo2")
+# Architectures whose size of a head stands in the config, for the engines too, and that norm no heads together.
+FREE_HEADS = ("llama", "mistral", "mixtral", "qwen3", "granite")
 GATED_MLPS = ("llama", "mistral", "qwen2", "qwen3", "granite", "olmo2")
 
 INT8_MIXTURE = Serving(
@@ -251,6 +253,26 @@ RECIPES = (
             Parameter("share", 0.75, "of the channels that stay"),
             Parameter("multiple", 64, "what the number of channels is a multiple of, for the engines' kernels"),
             Parameter("refit", True, "least squares of the output projection on the channels that stay"),
+            _samples(16),
+            TOKENS,
+        ),
+    ),
+    Recipe(
+        name="heads",
+        summary="Keeps the attention heads that add most to the output, as many in each block, and fits the rest.",
+        function="app.recipes.heads:prune",
+        kind=Kind.PRUNE,
+        memory=4.0,
+        fits=FREE_HEADS,
+        calibrates=True,
+        parameters=(
+            Parameter("share", 0.75, "of the heads that stay, rounded to whole ones"),
+            Parameter(
+                "unit",
+                "queries",
+                "queries: as many query heads of each group, all keys and values stay; groups: with keys and values",
+            ),
+            Parameter("refit", True, "least squares of the output projection on the heads that stay"),
             _samples(16),
             TOKENS,
         ),

@@ -33,6 +33,32 @@ def uniform_width(width: int, share: float, multiple: int) -> int:
     return chosen
 
 
+def uniform_heads(heads: int, groups: int, share: float, *, whole: bool) -> tuple[int, int]:
+    """How many query heads and groups stay: `share` of the groups where they go as a `whole`, else of each one's heads.
+
+    Raises LaunchError where nothing would be left, or nothing cut.
+    """
+    size = heads // groups
+    count = groups if whole else size
+    chosen = round(count * share)
+    if not 0 < chosen < count:
+        what = "groups" if whole else "heads of a group"
+        raise LaunchError(f"{share:g} of {count} {what} is {chosen}: from 1 to {count - 1} can stay")
+    return (size * chosen, chosen) if whole else (groups * chosen, groups)
+
+
+def heads_to_keep(importance: Sequence[float], groups: int, kept: tuple[int, int]) -> list[int]:
+    """The query heads that stay, ascending: of the most important groups the most important heads, as many in each.
+
+    `importance` is that of each query head, group by group; `kept` how many heads and groups stay.
+    """
+    size = len(importance) // groups
+    parts = [range(group * size, (group + 1) * size) for group in range(groups)]
+    stay = most([sum(importance[head] for head in part) for part in parts], kept[1])
+    each = kept[0] // kept[1]
+    return [parts[group][head] for group in stay for head in most([importance[head] for head in parts[group]], each)]
+
+
 def most(values: Sequence[float], count: int) -> list[int]:
     """The indices of the `count` highest values, ascending; of equal ones the first."""
     ranked = sorted(range(len(values)), key=lambda index: (-values[index], index))

@@ -10,7 +10,7 @@ from app.settings.models import Alias, Canary, Cascade, Choosing, Lifetime, Mode
 from app.settings.network import Admin, Listen, Tls, WorkerTls, is_loopback
 from app.settings.operation import Logs, Reload, Tracing
 from app.settings.part import NAME, TENANT_NAME, VARIANT_NAME, BandName, Part, PolicyName
-from app.settings.redis import Redis
+from app.settings.redis import Redis, Sentinel
 from app.settings.requests import Limits, Media, Parameters, Structured
 from app.settings.serving import Admission, Health, Relay, Routing
 from app.settings.tenants import Auth, Tenant, TenantLimits, TenantTerms
@@ -44,6 +44,7 @@ __all__ = [
     "Relay",
     "Reload",
     "Routing",
+    "Sentinel",
     "Settings",
     "Shadow",
     "Structured",

@@ -15,7 +15,7 @@ from app.settings.part import DNS_NAME, NAME, VARIANT_NAME, Moment, Part, Policy
 class Worker(Part):
     """A vLLM server that runs already, by its `url`; or all those that one `dns` name stands for."""
 
-    url: str = ""
+    url: str = Field("", description="`http://HOST:PORT` or `https://HOST:PORT`")
     dns: str | None = Field(
         None, description="NAME:PORT; each address of the name is a worker, asked for again and again"
     )
@@ -71,11 +71,11 @@ class Worker(Part):
 class Variant(Part):
     """One form of a model; its workers are interchangeable."""
 
-    name: str
+    name: str = Field(description="pinned as `model:name`")
     workers: tuple[Worker, ...] = ()
     workers_file: Path | None = Field(None, description="more of them: a YAML or JSON list, read again when it changes")
-    quantization: str | None = None
-    manifest: Path | None = None
+    quantization: str | None = Field(None, description="shown in `/v1/models`; left out: as its manifest says")
+    manifest: Path | None = Field(None, description="its `manifest.json`; its card stands beside it")
     quality: float | None = Field(None, ge=0, le=1, description="of the best variant's; left out: as its card says")
     cost: float | None = Field(
         None, gt=0, description="per token, in any unit that the model's variants share; left out: as its card says"
@@ -126,21 +126,21 @@ class Lifetime(Part):
 class Alias(Lifetime):
     """Another name of a model, or of one of its variants."""
 
-    name: str = Field(pattern=NAME.pattern)
+    name: str = Field(pattern=NAME.pattern, description="a name of no other model")
     variant: str | None = Field(None, description="the one that this name pins")
 
 
 class Canary(Part):
     """A variant that gets a share of a model's requests, and no others but those that name it."""
 
-    variant: str
+    variant: str = Field(description="one of the model's")
     percent: float = Field(ge=0, le=100, description="of sessions, else users, else tenants: each keeps its side")
 
 
 class Shadow(Part):
     """A variant that gets copies of requests, whose answers are compared and never returned."""
 
-    variant: str
+    variant: str = Field(description="one of the model's")
     percent: float = Field(1, ge=0, le=100, description="of the requests that other variants answer")
     concurrency: int = Field(
         1, ge=1, le=64, description="copies under way, in each process; what comes then is dropped"
@@ -153,11 +153,13 @@ class Cascade(Part):
     The threshold comes from the small one's card: the highest by which the cascade keeps `quality`.
     """
 
-    small: str
-    large: str
+    small: str = Field(description="the variant that answers first")
+    large: str = Field(description="the variant that answers where the small one is not sure")
     quality: float = Field(0.97, ge=0, le=1, description="of the large one's, to be kept")
     threshold: float | None = Field(None, ge=0, description="uncertainty above which the large one answers")
-    measure: Literal["entropy", "margin"] = "entropy"
+    measure: Literal["entropy", "margin"] = Field(
+        "entropy", description="how unsure: of each token, or by its lead over the next one"
+    )
     window_tokens: int = Field(8, ge=1, le=64, description="mean over so many tokens in a row; not used with a card")
     hold_tokens: int = Field(16, ge=1, le=256, description="of a stream, held back until they are known to be sure")
 
@@ -177,7 +179,7 @@ class Choosing(Lifetime):
     quality 0 and cost 1.
     """
 
-    policy: PolicyName = "balanced"
+    policy: PolicyName = Field("balanced", description="see above")
     cost_weight: float = Field(0.25, ge=0, le=100, description="λ of `balanced`")
     quality_floor: float = Field(0, ge=0, le=1, description="variants below it serve only who names them")
     ttft_target_s: float = Field(
@@ -200,7 +202,7 @@ class Choosing(Lifetime):
 class Model(Choosing):
     """What clients ask for by `name`; `name:variant` pins one variant."""
 
-    name: str
+    name: str = Field(description="what clients ask for")
     resume: bool = Field(False, description="go on with a broken plain-text stream on another worker of its variant")
     quality_gate: QualityGate = QualityGate()
     variants: tuple[Variant, ...] = Field(min_length=1)

@@ -14,16 +14,18 @@ from app.settings.part import Part
 class Listen(Part):
     """Where clients connect. `processes` share one socket."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    processes: int = Field(1, ge=1, le=64)
+    host: str = Field(
+        "127.0.0.1", description="an address of this machine; anywhere but on loopback keys are asked for"
+    )
+    port: int = Field(8000, ge=0, le=65535, description="0: any that is free")
+    processes: int = Field(1, ge=1, le=64, description="they share one socket")
 
 
 class Admin(Part):
     """A listener of its own for `/metrics`, `/docs` and `/admin`; the public one then answers 404 for them."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8001, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="an address of this machine")
+    port: int = Field(8001, ge=0, le=65535, description="0: any that is free")
 
 
 class Tls(Part):

@@ -18,14 +18,16 @@ class Reload(Part):
         1, ge=0, le=3600, description="between two looks at the files; 0: at a signal only. Two looks must agree"
     )
     dns_interval_s: float = Field(5, gt=0, le=3600, description="between two questions about each worker's dns name")
-    dns_timeout_s: float = Field(3, gt=0, le=60)
+    dns_timeout_s: float = Field(3, gt=0, le=60, description="longest wait for an answer")
     workers_per_name: int = Field(256, ge=1, le=4096, description="addresses of one dns name, or of one workers_file")
 
 
 class Logs(Part):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["json", "text"] = "json"
-    requests: Literal["all", "failed", "none"] = "failed"
+    """Lines on standard output; nothing of a prompt or an answer is in them."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least that is written")
+    format: Literal["json", "text"] = Field("json", description="`text` is for reading along")
+    requests: Literal["all", "failed", "none"] = Field("failed", description="which requests have a line")
 
 
 class Tracing(Part):
@@ -44,7 +46,7 @@ class Tracing(Part):
         description="continue the traces of clients, and let them say what is recorded, instead of linking to them",
     )
     queue_spans: int = Field(8192, ge=512, le=1_000_000, description="not exported yet; beyond it the oldest are lost")
-    export_interval_s: float = Field(2, gt=0, le=60)
+    export_interval_s: float = Field(2, gt=0, le=60, description="between two exports")
     export_timeout_s: float | None = Field(
         None, gt=0, le=60, description="of an export, tried again or not; default: 10"
     )

@@ -16,11 +16,11 @@ class Admission(Part):
     """
 
     queue_limit: int = Field(16_000, ge=0, description="requests that may wait, in all")
-    queue_limit_per_band: int = Field(4000, ge=0)
-    queue_limit_per_tenant: int = Field(1000, ge=0)
+    queue_limit_per_band: int = Field(4000, ge=0, description="of one band")
+    queue_limit_per_tenant: int = Field(1000, ge=0, description="of one tenant")
     queue_mib: int = Field(1024, ge=1, description="bodies of requests that wait, in all")
-    queue_mib_per_band: int = Field(256, ge=1)
-    queue_mib_per_tenant: int = Field(64, ge=1)
+    queue_mib_per_band: int = Field(256, ge=1, description="of one band")
+    queue_mib_per_tenant: int = Field(64, ge=1, description="of one tenant")
     queue_timeout_s: float = Field(30, gt=0, le=3600, description="longest wait for a slot")
     queue_timeout_by_band_s: dict[BandName, PositiveFloat] = Field(
         {"flex": 300.0, "batch": 3600.0}, description="where it differs"
@@ -59,7 +59,7 @@ class Routing(Part):
     much less loaded. `least_loaded` and `round_robin` do not look at prompts.
     """
 
-    policy: Literal["prefix", "least_loaded", "round_robin"] = "prefix"
+    policy: Literal["prefix", "least_loaded", "round_robin"] = Field("prefix", description="see above")
     load_bound: float = Field(
         1.5, ge=1, le=100, description="a worker beyond this many times the mean load is not preferred for its cache"
     )
@@ -75,12 +75,12 @@ class Routing(Part):
 class Relay(Part):
     """Limits of one exchange with a worker."""
 
-    connect_timeout_s: float = Field(2, gt=0, le=60)
+    connect_timeout_s: float = Field(2, gt=0, le=60, description="until a worker takes the connection")
     first_byte_timeout_s: float = Field(120, gt=0, le=3600, description="from dispatch to the worker's first body byte")
     gap_timeout_s: float = Field(60, gt=0, le=3600, description="longest silence inside a stream")
-    total_timeout_s: float = Field(3600, gt=0, le=86400)
+    total_timeout_s: float = Field(3600, gt=0, le=86400, description="longest answer")
     client_stall_timeout_s: float = Field(30, gt=0, le=3600, description="longest time a client may not read")
-    idle_connections_per_worker: int = Field(256, ge=0, le=65536)
+    idle_connections_per_worker: int = Field(256, ge=0, le=65536, description="kept open for the next request")
     keepalive_s: float = Field(4, gt=0, le=300, description="below the worker's own keep-alive, vLLM's default is 5 s")
     stalled_gap_timeout_s: float = Field(
         10, gt=0, le=3600, description="longest silence inside a stream of a worker that stalls"
@@ -89,7 +89,7 @@ class Relay(Part):
     retries_per_s: float = Field(10, ge=0, le=1000, description="second attempts of a pool that are free of that share")
     failures_until_ejected: int = Field(3, ge=1, le=100, description="failed attempts in a row")
     ejection_s: float = Field(10, gt=0, le=3600, description="the first; each one that follows soon is twice as long")
-    ejection_max_s: float = Field(300, gt=0, le=86400)
+    ejection_max_s: float = Field(300, gt=0, le=86400, description="the longest")
     rest_max_s: float = Field(10, gt=0, le=300, description="longest rest of a worker that says it is full")
     quarantine_s: float = Field(600, gt=0, le=86400, description="how long a request that kills workers is refused")
     resumes_per_stream: int = Field(1, ge=0, le=4, description="times that one stream of a resumable model may go on")
@@ -101,8 +101,8 @@ class Relay(Part):
 class Health(Part):
     """How workers are watched."""
 
-    probe_interval_s: float = Field(2, gt=0, le=60)
-    probe_timeout_s: float = Field(1, gt=0, le=60)
+    probe_interval_s: float = Field(2, gt=0, le=60, description="between two looks at a worker's health and metrics")
+    probe_timeout_s: float = Field(1, gt=0, le=60, description="longest wait for one of them")
     probe_misses: int = Field(3, ge=1, le=100, description="failed probes in a row before a worker is left")
     canary_timeout_s: float = Field(60, gt=0, le=600, description="longest wait for the one token that proves a worker")
     progress_timeout_s: float = Field(

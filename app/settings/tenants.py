@@ -17,9 +17,9 @@ class Auth(Part):
     """
 
     enabled: bool | None = Field(None, description="left out: unless all listeners are on loopback")
-    key_files: tuple[Path, ...] = ()
-    secret: SecretStr | None = None
-    secret_file: Path | None = None
+    key_files: tuple[Path, ...] = Field((), description="YAML files of keys, read again when they change")
+    secret: SecretStr | None = Field(None, description="see above; empty: digests without a key")
+    secret_file: Path | None = Field(None, description="holds the secret")
     stale_s: float = Field(86_400, ge=0, description="how long known keys work while their store is out of reach")
     failures_per_min: int = Field(120, ge=1, le=1_000_000, description="wrong keys of one address, before it gets 429")
 
@@ -33,10 +33,10 @@ class Auth(Part):
 class TenantLimits(Part):
     """What a tenant may use, over all replicas; left out, there is no limit."""
 
-    requests_per_min: int | None = Field(None, ge=1)
+    requests_per_min: int | None = Field(None, ge=1, description="in any minute")
     tokens_per_min: int | None = Field(None, ge=1, description="input and output together")
-    input_tokens_per_min: int | None = Field(None, ge=1)
-    output_tokens_per_min: int | None = Field(None, ge=1)
+    input_tokens_per_min: int | None = Field(None, ge=1, description="of prompts")
+    output_tokens_per_min: int | None = Field(None, ge=1, description="of answers")
     tokens_per_day: int | None = Field(None, ge=1, description="input and output together")
     concurrent: int | None = Field(None, ge=1, description="requests that wait or run at once")
 
@@ -62,7 +62,7 @@ class TenantTerms(Part):
 class Tenant(TenantTerms):
     """Who pays."""
 
-    name: str
+    name: str = Field(description="as keys are made for it; `default_tenant` has none")
 
     @field_validator("name")
     @classmethod

@@ -76,8 +76,6 @@ class Settings(BaseSettings):
             raise ValueError("batches: several processes need redis to share the work")
         if len({tenant.name for tenant in self.tenants}) != len(self.tenants):
             raise ValueError("a tenant is listed twice")
-        if self.redis is not None and self.redis.tls is not None and not self.redis.url.startswith("rediss://"):
-            raise ValueError("redis.tls needs a url with rediss")
         return self
 
     def _check_names(self, models: set[str]) -> None:

@@ -35,6 +35,8 @@ GAPS_AT_ONCE = 64
 NOTHING_USED = TokenUsage()
 CLIENT_GONE = "client_gone"
 CLIENT_STALLED = "client_stalled"
+PREEMPTED = "preempted"
+"""Of a request that gave its slot to a better one, and is sent again under another id: this one has cost nothing."""
 TTFT_WEIGHT = 0.2
 TTFT_KEPT_S = 10.0
 
@@ -275,6 +277,8 @@ class Account:
 
     def spent(self, error: BaseException | None) -> TokenUsage | Spent | None:
         """What a request that ends with `error` used of its tenant's limits, what was set aside included."""
+        if error is not None and code_of(error) == PREEMPTED:
+            return None
         spent = self._spent(error)
         return spent if self._aside is None else _together(self._aside.spent, spent)
 

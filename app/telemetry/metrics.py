@@ -247,6 +247,12 @@ class Metrics:
             "sluice_batch_lines_in_flight", "Lines that wait for a slot or are answered."
         )
         self.batch_lines_ended = counter("sluice_batch_lines_ended_total", "Lines whose record is stored.", "outcome")
+        self.batch_preemptions = counter(
+            "sluice_batch_preemptions_total", "Times that a line gave its slot to a better request."
+        )
+        self.batch_preempted_tokens = counter(
+            "sluice_batch_preempted_tokens_total", "Tokens that lines had generated in vain by then, as estimated."
+        )
         self.batch_duration = Histogram(
             "sluice_batch_duration_seconds",
             "Creation of a batch to its end.",

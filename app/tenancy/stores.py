@@ -9,22 +9,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from ssl import TLSVersion
 from typing import Any, Protocol
 
 import msgspec
 import yaml
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from app import settings
-from app.credentials import redis_password
 from app.errors import ConfigurationError, SluiceError
+from app.redis_server import RedisServer
 from app.tenancy.keys import Key
 
-CONNECT_TIMEOUT_S = 0.5
+CONNECTIONS = 2
 FILE_MAX_BYTES = 16 * 1024 * 1024
 MOST_KEYS = 100_000
 REMEMBERED = timedelta(days=30)
@@ -130,15 +126,7 @@ class RedisKeys:
     """Keys in Redis: a hash of them, and a word that changes with each change, which is all that is read as a rule."""
 
     def __init__(self, redis: settings.Redis) -> None:
-        self._client = Redis.from_url(
-            redis.url,
-            password=redis_password(redis),
-            socket_timeout=redis.call_timeout_s,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            max_connections=2,
-            **_tls(redis),
-        )
+        self._client = RedisServer(redis).client(CONNECTIONS)
         self._keys = f"{{{redis.prefix}}}:keys"
         self._version = f"{self._keys}:version"
         self._used = f"{self._keys}:used"
@@ -240,21 +228,6 @@ async def require_keys(configured: settings.Settings) -> None:
             "auth is on and there is no key: `sluice keys create --tenant NAME` makes one (with --config FILE, or "
             "--file FILE named in auth.key_files); `auth: {enabled: false}` lets everybody in"
         )
-
-
-def _tls(redis: settings.Redis) -> dict[str, Any]:
-    """TLS as redis-py is told of it: verified always, as everywhere (see `credentials.TlsContexts`)."""
-    if not redis.url.startswith("rediss://"):
-        return {}
-    tls = redis.tls or settings.Tls()
-    return {
-        "ssl_cert_reqs": "required",
-        "ssl_check_hostname": tls.verify == "full",
-        "ssl_min_version": TLSVersion.TLSv1_2,
-        "ssl_ca_certs": tls.ca_file and str(tls.ca_file),
-        "ssl_certfile": tls.cert_file and str(tls.cert_file),
-        "ssl_keyfile": (tls.key_file or tls.cert_file) and str(tls.key_file or tls.cert_file),
-    }
 
 
 def _text(value: bytes | str) -> str:

@@ -73,7 +73,7 @@ async def test_a_full_worker_is_tried_again_after_the_time_that_the_gateway_name
     async with served.client(max_retries=1) as patient:
         answer = await patient.chat.completions.create(model=served.model, messages=COUNTING)
     assert answer.choices[0].message.content == "one two three"
-    assert 1 <= time.monotonic() - begun < 5
+    assert time.monotonic() - begun >= 1  # the client's own would be half of that
 
 
 async def test_what_must_not_be_tried_again_is_not(fake: FakeWorker, served: Served) -> None:

@@ -101,7 +101,7 @@ async def test_the_node_client(script: Path, served: Served, narrow: FakeWorker)
 
 async def test_a_wait_in_vain_is_raised(tmp_path: Path) -> None:
     async with FakeWorker("narrow") as worker:
-        patience = {"queue_timeout_s": 0.9}
+        patience = {"queue_timeout_s": 2}
         models = [model("narrow", worker, max_concurrency=1)]
         async with GatewayProcess(tmp_path, models, admission=patience) as gateway:
             await gateway.ready(worker)

@@ -16,7 +16,7 @@ from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.running import GatewayProcess, model
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 expect.set_options(timeout=PATIENCE_MS)
 PHONE = {"width": 390, "height": 844}

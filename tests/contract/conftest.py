@@ -13,7 +13,7 @@ from tests.processes import FakeWorkerProcess
 MODEL = "m"
 # As many slots as `sluice up` gives a worker.
 FAKE_OPTIONS = ("--prompt-tokens-details", "--max-num-seqs", "8")
-VLLM = pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(600)])
+VLLM = pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(1800)])
 
 
 @pytest.fixture(scope="session")

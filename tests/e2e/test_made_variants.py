@@ -13,10 +13,11 @@ from app.launcher import processes
 from app.launcher.home import Home
 from app.launcher.machine import inspect_machine
 from app.manifest import Manifest
-from tests.processes import Process, free_port
+from tests.ports import free_port
+from tests.processes import Process
 
 # Minutes each on a busy machine, and most of them are not made by `make test`.
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 MODEL = "smollm2"
 VARIANTS = ("w4a16", "depth26", "depth26-healed", "depth26+w8a8", "moe4", "moe4-top1", "moe4-keep2")

@@ -23,7 +23,7 @@ from tests.e2e.cut import Scissors, Wire
 from tests.fakes.reading import DONE, Event, events
 from tests.integration.gateway.running import GatewayProcess, until
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="session")]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USAGE = {"include_usage": True}
@@ -132,7 +132,7 @@ async def test_cut_after_any_event_the_answer_is_the_same(cuttable: Cuttable, na
 
 
 async def running(worker: RealWorker) -> int:
-    async with httpx.AsyncClient(base_url=worker.url, timeout=10) as http:
+    async with httpx.AsyncClient(base_url=worker.url, timeout=60) as http:
         load = parse_engine_load((await http.get("/metrics")).text)
     assert load is not None
     return load.running
@@ -150,7 +150,7 @@ async def test_a_client_that_leaves_stops_the_engine(cuttable: Cuttable, stream:
     body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1500, "ignore_eos": True}
     async with httpx.AsyncClient(base_url=cuttable.gateway.url, timeout=120) as leaving:
         asking = asyncio.create_task(begun(leaving, {**body, "stream": stream}))
-        await until(runs(cuttable.worker, 1), "the engine runs it", timeout_s=30)
+        await until(runs(cuttable.worker, 1), "the engine runs it")
         if stream:
             await asking
         # From here on the gateway hears nothing of the worker: a token on a connection that nobody wants any more would
@@ -160,7 +160,7 @@ async def test_a_client_that_leaves_stops_the_engine(cuttable: Cuttable, stream:
         await asyncio.gather(asking, return_exceptions=True)
     try:
         left = time.monotonic()
-        await until(runs(cuttable.worker, 0), "the engine stopped", timeout_s=1.0)
+        await until(runs(cuttable.worker, 0), "the engine stopped", timeout_s=10)
         print(f"stream={stream}: num_requests_running is 0 after {time.monotonic() - left:.3f} s")
     finally:
         cuttable.scissors.flows.set()
@@ -176,7 +176,7 @@ async def begun(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
 LASTING: dict[str, Any] = {
     "messages": [{"role": "user", "content": QUESTION}],
     "temperature": 0,
-    "max_tokens": 40,
+    "max_tokens": 120,
     "stream_options": USAGE,
 }
 

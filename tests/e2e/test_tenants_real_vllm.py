@@ -13,7 +13,7 @@ from tests.contract.real_worker import RealWorker, started_worker
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.running import GatewayProcess, Scrape, issue_keys
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="session")]
 
 PROMPT = "What does nobody but the tenants of this test ask, again and again, word for word? " * 8
 BLOCK_TOKENS = 32

@@ -12,7 +12,7 @@ from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.collector import Collector, Span
 from tests.integration.gateway.running import GatewayProcess
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="session")]
 
 
 async def test_the_engines_spans_are_below_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,23 +23,25 @@ from app.launcher.checkpoints import BUNDLED_BASE
 from app.launcher.environments import STAMP, WORKER_CPU, Installer
 from app.launcher.home import Home, locked
 from app.manifest import Manifest
-from tests.processes import ROOT, FakeWorkerProcess, Process, free_port
+from tests.ports import free_port
+from tests.processes import ROOT, FakeWorkerProcess, Process
 
 READY = r"^Ready\. Serving"
-START_S = 60.0
-STOP_S = 30.0
+START_S = 120.0
+STOP_S = 60.0
 MARK = "STARTED_BY_TEST"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 # What the worker's interpreter is in these homes: says something, as vLLM would, and becomes the fake worker.
 STAND_IN = """#!{python}
 import os, sys
-words = {words!r}
-if words:
-    print(words, flush=True)
-if {status!r} is not None:
-    sys.exit({status!r})
 value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
+words, status = {words!r}, {status!r}
+if value("--served-model-name").endswith({afflicted!r}):
+    if words:
+        print(words, flush=True)
+    if status is not None:
+        sys.exit(status)
 os.chdir({root!r})
 os.execv({python!r}, [{python!r}, "-m", "tests.fakes.worker", "--port", value("--port"),
                       "--model", value("--served-model-name"), *{extra!r}])
@@ -58,12 +60,35 @@ class Site:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def put_engine(self, *extra: str, words: str = "", status: int | None = None) -> None:
+    def put_engine(self, *extra: str, words: str = "", status: int | None = None, afflicted: str = "") -> None:
+        """`words` and `status` are those of the workers of the variant `afflicted`; left out, of all."""
         python = self.home.environment(WORKER_CPU.name) / "bin" / "python"
         python.write_text(
-            STAND_IN.format(python=sys.executable, root=str(ROOT), words=words, status=status, extra=list(extra))
+            STAND_IN.format(
+                python=sys.executable,
+                root=str(ROOT),
+                words=words,
+                status=status,
+                afflicted=afflicted,
+                extra=list(extra),
+            )
         )
         python.chmod(0o755)
+
+    def put_variant(self, name: str) -> None:
+        checkpoint = self.home.checkpoint("smollm2", name)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "config.json").write_text("{}")
+        (checkpoint / "model.safetensors").write_bytes(b"weights")
+        Manifest(
+            model="smollm2",
+            variant=name,
+            base=BUNDLED_BASE,
+            recipe=name,
+            weights_bytes=7,
+            parameters_count=7,
+            quantization=name,
+        ).write(checkpoint)
 
     def up(self, *options: str, environ: dict[str, str] | None = None) -> Process:
         places = ["--home", str(self.home.root), "--run", str(self.run), "--port", str(self.port)]
@@ -97,20 +122,8 @@ def site(tmp_path: Path) -> Site:
     environment = home.environment(WORKER_CPU.name)
     (environment / "bin").mkdir(parents=True)
     (environment / STAMP).write_text(Installer.of_this_machine().fingerprint(WORKER_CPU))
-    checkpoint = home.checkpoint("smollm2", "w8a8")
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "config.json").write_text("{}")
-    (checkpoint / "model.safetensors").write_bytes(b"weights")
-    Manifest(
-        model="smollm2",
-        variant="w8a8",
-        base=BUNDLED_BASE,
-        recipe="w8a8",
-        weights_bytes=7,
-        parameters_count=7,
-        quantization="w8a8",
-    ).write(checkpoint)
     site = Site(home, tmp_path / "run", free_port())
+    site.put_variant("w8a8")
     site.put_engine()
     return site
 
@@ -256,6 +269,32 @@ def test_a_worker_that_dies_of_its_first_token_is_shown_in_its_own_words(site: S
     assert (status, errors) == (1, [f"error: worker smollm2:w8a8 ended with exit code 137: {words}"])
 
 
+def test_a_variant_that_the_engine_cannot_load_leaves_the_others_serving(site: Site) -> None:
+    words = "ValueError: Failed to find a kernel that can implement the WNA16 linear layer."
+    site.put_variant("w4a16")
+    site.put_engine(words=words, status=1, afflicted=":w4a16")
+    with site.up("--variants", "w8a8,w4a16") as process:
+        process.wait_for_line(rf"worker smollm2:w4a16 ended with exit code 1: {re.escape(words)}; going on", START_S)
+        process.wait_for_line(r"^Ready\. Serving smollm2:w8a8 at", START_S)
+        assert_serves(site.url)
+        states = httpx.get(f"{site.url}/readyz").json()["workers"].values()
+        assert sorted(worker["state"] == "ready" for worker in states) == [False, True]
+        pinned = {"model": "smollm2:w4a16", "messages": MESSAGES}
+        refused = httpx.post(f"{site.url}/v1/chat/completions", json=pinned, timeout=60)
+        assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
+        process.terminate()
+        assert process.wait(STOP_S) == 0
+
+
+def test_a_start_of_which_no_variant_loads_ends(site: Site) -> None:
+    site.put_variant("w4a16")
+    site.put_engine(words="ValueError: no", status=1)
+    status, errors = site.failed("--variants", "w8a8,w4a16")
+    assert status == 1
+    assert len(errors) == 1
+    assert re.match(r"error: worker smollm2:w[48]a\d+ ended with exit code 1: ValueError: no$", errors[0])
+
+
 def test_two_starts_cannot_share_a_run_directory(site: Site) -> None:
     with locked(site.run / "lock"):
         status, errors = site.failed()
@@ -281,6 +320,14 @@ def test_what_cannot_work_is_one_line(site: Site, options: list[str], status: in
     assert found == status
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_a_machine_without_libnuma_is_told_before_anything_is_made(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "libnuma.so.1").write_bytes(b"no library")
+    status, errors = site.failed(environ={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert status == 1
+    assert errors[0].startswith("error: vLLM's CPU build needs libnuma.so.1: `apt-get install libnuma1`")
+    assert len(errors) == 1
 
 
 @pytest.mark.parametrize(
@@ -317,7 +364,7 @@ def test_an_unknown_option_is_wrong_usage(site: Site) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_default_model_is_served_for_real(tmp_path: Path) -> None:
     site = Site(Home.at(None, os.environ), tmp_path / "run", free_port())
     with site.up("--variants", "dense,w8a8") as process:

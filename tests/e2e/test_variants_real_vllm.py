@@ -15,7 +15,7 @@ from tests.contract.real_worker import RealWorker, started_worker
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.running import GatewayProcess
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="session")]
 
 MODEL = "smollm2"
 FACTS = {"dense": {"quality": 1.0, "cost": 1.0}, "w8a8": {"quality": 0.9, "cost": 0.6}}
@@ -73,7 +73,7 @@ async def test_policies_move_traffic(gateway: GatewayProcess) -> None:
 
 
 async def test_pressure_moves_who_consents(gateway: GatewayProcess, workers: dict[str, RealWorker]) -> None:
-    long = asyncio.create_task(ask(gateway, max_tokens=250, ignore_eos=True))
+    long = asyncio.create_task(ask(gateway, max_tokens=500, ignore_eos=True))
 
     async def is_busy() -> bool:
         return (await gateway.scrape()).sum("sluice_slots_held", worker=f"127.0.0.1:{workers['dense'].port}") == 1

@@ -257,7 +257,7 @@ class Server:
             self._failures.append(failure)
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
-        """Listen and return the port; port 0 takes a free one. Raises OSError when the port is taken."""
+        """Listen and return the port; port 0 lets the kernel choose. Raises OSError when it is taken."""
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(lambda: Connection(self), host, port, backlog=2048, ssl=tls)
         bound: int = self._listener.sockets[0].getsockname()[1]

@@ -56,11 +56,12 @@ class State:
         self.faults = parse_faults(fault)
         self._uses_left = times
 
-    def heal(self) -> None:
+    def heal(self, *, for_good: bool = False) -> None:
         self.faults = Faults()
         self._uses_left = None
         self._healed.set()
-        self._healed = asyncio.Event()
+        if not for_good:
+            self._healed = asyncio.Event()
 
     def use_faults(self) -> Faults:
         """The worker's own faults for one more inference request."""

@@ -58,7 +58,7 @@ def test_a_worker_process_dies_of_the_query_of_death_and_starts_again_with_anoth
 
 def test_a_stopped_process_group_is_gone() -> None:
     process = Process(["sh", "-c", "trap '' TERM; echo ready; sleep 60 & wait; sleep 60"])
-    process.wait_for_line("ready", timeout_s=5)
+    process.wait_for_line("ready")
     process.pause()
     process.stop(grace_s=0.1)
     assert process.returncode == -signal.SIGKILL
@@ -67,4 +67,4 @@ def test_a_stopped_process_group_is_gone() -> None:
 def test_a_process_that_ends_early_shows_its_output() -> None:
     with Process(["sh", "-c", "echo no such file"]) as process:
         with pytest.raises(RuntimeError, match="no such file"):
-            process.wait_for_line("ready", timeout_s=5)
+            process.wait_for_line("ready")

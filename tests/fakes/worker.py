@@ -34,6 +34,7 @@ from tests.fakes.observation import Counts, Observer, Received
 from tests.fakes.refusals import Refusal, detail
 from tests.fakes.server import Exchange, Server
 from tests.fakes.state import VERSION, Options, State
+from tests.ports import free_port
 
 DRAIN_S = 3600.0
 
@@ -95,7 +96,7 @@ class FakeWorker:
         """Listen, on the same port as before if it ran before. Raises OSError when the port is taken."""
         self._state.boot()
         self.crashed = False
-        self.port = await self._server.start(self.host, self.port, self._tls)
+        self.port = await self._server.start(self.host, self.port or free_port(), self._tls)
 
     async def stop(self) -> None:
         """Stop listening, reset all connections, wait for all handlers. Safe to call twice.
@@ -179,9 +180,9 @@ class FakeWorker:
         """Have a fault from now on, for the next `times` inference requests or until `heal`. Raises ValueError."""
         self._state.inject(fault, times)
 
-    def heal(self) -> None:
-        """Have no fault, and let every request that hangs go on."""
-        self._state.heal()
+    def heal(self, *, for_good: bool = False) -> None:
+        """Have no fault, and let every request that hangs go on; `for_good` also those that are yet to come."""
+        self._state.heal(for_good=for_good)
 
     def hold(self) -> None:
         """Let no token out: requests are taken and admitted, then wait for `resume`."""

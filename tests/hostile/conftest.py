@@ -1,9 +1,10 @@
-"""A gateway whose deadlines are short, and what must hold after every bad input: alive, useful, and nothing leaked."""
+"""A gateway to attack, another whose deadlines are short, and what must hold after every bad input."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,11 +17,13 @@ from tests.hostile.raw import exchange
 from tests.integration.gateway.running import GatewayProcess, model, until
 
 LIMITS: dict[str, Any] = {
-    "header_timeout_s": 0.5,
-    "body_timeout_s": 1.0,
-    "body_grace_s": 0.5,
+    "header_timeout_s": 5.0,
+    "body_timeout_s": 10.0,
+    "body_grace_s": 5.0,
     "body_bytes": 8 * 1024 * 1024,
 }
+HASTY: dict[str, Any] = {**LIMITS, "header_timeout_s": 0.5, "body_timeout_s": 1.0, "body_grace_s": 0.5}
+"""For what is never whole: in others a machine that stands still must not look like a client that does."""
 
 
 class Fortress:
@@ -45,7 +48,7 @@ class Fortress:
         async def nothing_leaked() -> bool:
             return self._process.num_fds() <= self._idle_fds
 
-        await until(nothing_leaked, "no connection left open", 3.0)
+        await until(nothing_leaked, "no connection left open")
         await self.gateway.idle()
 
     async def _check_useful(self) -> None:
@@ -65,13 +68,23 @@ class Fortress:
         await self.holds()
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def fortress(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fortress]:
-    async with AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(FakeWorker("m"))
-        directory = tmp_path_factory.mktemp("fortress")
-        gateway = await stack.enter_async_context(GatewayProcess(directory, [model("m", worker)], limits=LIMITS))
+@asynccontextmanager
+async def standing(directory: Path, limits: dict[str, Any]) -> AsyncIterator[Fortress]:
+    async with FakeWorker("m") as worker, GatewayProcess(directory, [model("m", worker)], limits=limits) as gateway:
         await gateway.ready(worker)
         place = Fortress(gateway, worker)
         await place.settle()
+        yield place
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def fortress(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fortress]:
+    async with standing(tmp_path_factory.mktemp("fortress"), LIMITS) as place:
+        yield place
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def hasty(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fortress]:
+    """Waits for nobody."""
+    async with standing(tmp_path_factory.mktemp("hasty"), HASTY) as place:
         yield place

@@ -18,7 +18,8 @@ from tests.fakes.worker import FakeWorker
 from tests.hostile.case import CHAT
 from tests.integration.gateway.asking import chat
 from tests.integration.gateway.running import model, until
-from tests.processes import ROOT, Process, free_port
+from tests.ports import free_port
+from tests.processes import ROOT, Process
 
 NOBODY = 65534
 # Everything read-only but an empty /tmp; then no user, no groups, no capability, and none to be had by any program.
@@ -73,7 +74,7 @@ async def test_it_serves_as_nobody_on_a_disk_it_cannot_write(config_directory: P
         environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             with Process(command, environment) as process:
-                await asyncio.to_thread(process.wait_for_line, "Application startup complete", 60.0)
+                await asyncio.to_thread(process.wait_for_line, "Application startup complete")
                 assert_confined(process.pid)
                 async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
 

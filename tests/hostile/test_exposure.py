@@ -16,7 +16,7 @@ from tests.hostile.case import CHAT, GOOD, HOST, JSON, post
 from tests.hostile.conftest import Fortress
 from tests.hostile.raw import exchange
 from tests.integration.gateway.running import GatewayProcess, model, start_gateway, until
-from tests.processes import free_port
+from tests.ports import free_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

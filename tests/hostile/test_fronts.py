@@ -24,7 +24,8 @@ from tests.hostile.case import CHAT, GOOD, HOST, JSON
 from tests.hostile.conftest import LIMITS, Fortress
 from tests.hostile.framing import FRAMING
 from tests.integration.gateway.running import until
-from tests.processes import ROOT, Process, free_port
+from tests.ports import free_port
+from tests.processes import ROOT, Process
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -152,7 +152,7 @@ def test_any_stream(parts: list[bytes]) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="session")
-async def test_the_connection_answers_or_closes(fortress: Fortress) -> None:
+async def test_the_connection_answers_or_closes(hasty: Fortress) -> None:
     """Damaged requests on real sockets: every answer is whole and in OpenAI's shape, and none is a 5xx."""
     sources = [case.sent for case in FRAMING if len(case.sent) < 2048]
     damage: list[bytes] = []
@@ -165,8 +165,8 @@ async def test_the_connection_answers_or_closes(fortress: Fortress) -> None:
     collect()
     for data in damage:
         # Behind a request that came out whole, this one ends the connection; in any other it is part of the damage.
-        for answer in await exchange(fortress.gateway.url, data + get()):
+        for answer in await exchange(hasty.gateway.url, data + get()):
             assert answer.status in (200, 400, 404, 405, 408, 411, 413, 414, 415, 417, 431), data
             if answer.status >= 400 and not data.startswith(b"HEAD"):
                 assert answer.error["code"]
-    await fortress.holds()
+    await hasty.holds()

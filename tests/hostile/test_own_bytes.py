@@ -22,7 +22,7 @@ from tests.integration.gateway.running import GatewayProcess, model
 from tests.integration.gateway.wire import READ_TIMEOUT_S, Wire, connected
 from tests.processes import Valkey
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 REQUESTS = int(os.environ.get("SLUICE_NONCE_REQUESTS", "10000"))
 AT_ONCE = 64
@@ -121,4 +121,4 @@ async def test_no_byte_of_one_request_reaches_another(gateway: GatewayProcess) -
     assert seen.foreign == []
     assert seen.whole + seen.left == REQUESTS // AT_ONCE * AT_ONCE
     assert seen.left > REQUESTS // 50
-    await gateway.idle(timeout_s=5.0)
+    await gateway.idle()

@@ -88,7 +88,6 @@ async def test_a_workers_other_paths_are_nobodys(fortress: Fortress, path: str) 
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(300)
 def test_the_review_covers_the_installed_vllm() -> None:
     """Fails when vLLM has a field or a path that nobody has looked at. Needs its environment, starts no engine."""
     python = Home.at(None, os.environ).environment("worker-cpu") / "bin" / "python"

@@ -19,6 +19,9 @@ from app.runtime import Runtime, open_runtime
 from app.tenant import ANONYMOUS, Tenant
 from app.workers.worker import State, Worker
 
+PATIENCE_S = 20.0
+"""How long what must come may take: only failures wait for it."""
+
 # Limits that a test can reach; those that it must not meet keep their defaults.
 HEALTH = {
     "probe_interval_s": 0.1,
@@ -88,7 +91,7 @@ class House:
         """What the gateway knows of a worker."""
         return self.runtime.registry[worker.url.removeprefix("http://")]
 
-    async def becomes(self, worker: Address, *states: State, timeout_s: float = 5.0) -> None:
+    async def becomes(self, worker: Address, *states: State, timeout_s: float = PATIENCE_S) -> None:
         """Wait until the gateway believes that the worker is in one of these states. Raises TimeoutError."""
         known = self.known(worker)
         try:
@@ -175,6 +178,6 @@ async def house(
         for worker in workers if ready is None else ready:
             await home.becomes(worker, State.READY)
         yield home
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not home.is_clean:
                 await asyncio.sleep(0.01)

@@ -19,7 +19,8 @@ from app.launcher.environments import HARNESS, RECIPES, STAMP, WORKER_CPU, Envir
 from app.launcher.home import Home
 from app.manifest import Manifest
 from tests.integration.gateway.running import GatewayProcess
-from tests.processes import ROOT, Process, free_port
+from tests.ports import free_port
+from tests.processes import ROOT, Process
 from tests.unit.cards import card, quality
 
 DONE_S = 90.0
@@ -131,7 +132,9 @@ def test_every_variant_gets_its_card_and_the_page_compares_them(bench: Bench) ->
     assert small.gate
     assert small.gate.passed
     assert "`w8a8`" in (bench.output / "variants.md").read_text()
-    assert "w8a8" in (bench.output / "variants.svg").read_text()
+    picture = (bench.output / "variants.svg").read_text()
+    assert "w8a8" in picture
+    assert picture in (bench.output / "variants.html").read_text()
 
 
 def test_the_same_seed_gives_the_same_quality(bench: Bench) -> None:
@@ -156,6 +159,18 @@ def test_measuring_speed_anew_keeps_the_quality(bench: Bench) -> None:
     assert before.speed == ()
     assert len(after.speed) == 2
     assert (after.quality, after.seed) == (before.quality, 1)
+
+
+def test_the_speed_of_one_variant_needs_no_other(bench: Bench) -> None:
+    bench.put_variant("w8a8")
+    assert bench.evaluate("--only", "quality", "--items", "0")[0] == 0
+    dense = bench.card("dense")
+    assert bench.evaluate("--only", "speed", "--variants", "w8a8")[0] == 0
+    small = bench.card("w8a8")
+    assert small is not None
+    assert len(small.speed) == 2
+    assert bench.card("dense") == dense
+    assert "`w8a8`" in (bench.output / "variants.md").read_text()
 
 
 def test_what_the_engine_refuses_has_its_words_and_the_others_are_measured(bench: Bench) -> None:

@@ -8,8 +8,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import pytest
-
 from app import settings
 from app.inference import InferenceRequest, Route
 from app.runtime import Runtime, open_runtime
@@ -66,7 +64,6 @@ class Life:
                 self.read += part
 
 
-@pytest.mark.timeout(120)
 async def test_nothing_leaks_wherever_a_resumed_request_is_cancelled() -> None:
     timing = Timing(decode_s=0.005)
     async with FakeWorker("m", timing=timing) as first, FakeWorker("m", timing=timing) as second:

@@ -19,6 +19,8 @@ VALUES: dict[str, Mapping[str, Any] | Path] = {
     "least": LEAST,
     "cpu": EXAMPLES / "cpu.yaml",
     "gpu": EXAMPLES / "gpu.yaml",
+    "sentinel": EXAMPLES / "sentinel.yaml",
+    "cluster": EXAMPLES / "cluster.yaml",
     "no policy, no autoscaling": {
         **LEAST,
         "networkPolicy": {"enabled": False},
@@ -145,6 +147,50 @@ def test_only_gateways_reach_workers(helm: Helm) -> None:
     assert {"port": 6379, "protocol": "TCP"} in gateway["egress"][-1]["ports"]
 
 
+def redis_volume(objects: Any) -> Mapping[str, str]:
+    """The files that the gateway finds beside its configuration: path to Secret."""
+    (gateway,) = (pod for pod in pods(objects) if pod["containers"][0]["name"] == "gateway")
+    found = [volume["projected"]["sources"] for volume in gateway["volumes"] if volume["name"] == "redis"]
+    return {
+        f"/etc/sluice/redis/{item['path']}": source["secret"]["name"]
+        for sources in found
+        for source in sources
+        for item in source["secret"]["items"]
+    }
+
+
+def test_sentinels_are_asked_with_passwords_from_secrets(helm: Helm, tmp_path: Path) -> None:
+    objects = helm.template(EXAMPLES / "sentinel.yaml")
+    redis = gateway_settings(objects, tmp_path).redis
+    assert redis is not None
+    assert redis.sentinel is not None
+    assert (redis.sentinel.master, len(redis.sentinel.nodes), redis.username) == ("sluice", 3, "sluice")
+    assert redis.is_tls
+    assert redis.tls is not None
+    assert redis_volume(objects) == {
+        str(redis.tls.ca_file): "sluice-redis",
+        str(redis.password_file): "sluice-redis",
+        str(redis.sentinel.password_file): "valkey-sentinel",
+    }
+    assert ports_to_redis(objects) == {26379, 6379}
+
+
+def test_a_cluster_is_reached_in_tls_that_any_authority_vouches_for(helm: Helm, tmp_path: Path) -> None:
+    objects = helm.template(EXAMPLES / "cluster.yaml")
+    redis = gateway_settings(objects, tmp_path).redis
+    assert redis is not None
+    assert redis.cluster == ("valkey-cluster:6379",)
+    assert redis.is_tls
+    assert redis_volume(objects) == {str(redis.password_file): "sluice-redis"}
+    assert ports_to_redis(objects) == {6379}
+    assert ports_to_redis(helm.template({"redis": {"url": "rediss://h:6380/0"}})) == {6380}
+
+
+def ports_to_redis(objects: Any) -> set[int]:
+    (policy,) = (found for found in of_kind(objects, "NetworkPolicy") if found["metadata"]["name"].endswith("-gateway"))
+    return {port["port"] for port in policy["spec"]["egress"][-1]["ports"]}
+
+
 def test_the_public_service_has_no_admin_port(helm: Helm) -> None:
     (service,) = of_kind(helm.template(LEAST), "Service")
     assert [port["targetPort"] for port in service["spec"]["ports"]] == ["http"]
@@ -183,6 +229,9 @@ def one(**variant: Any) -> Mapping[str, Any]:
     [
         ({}, "redis.url"),
         ({"redis": {"url": "valkey:6379"}}, "redis.url"),
+        ({"redis": {**LEAST["redis"], "cluster": ["h:1"]}}, "exactly one"),
+        ({"redis": {"sentinel": {"master": "m"}}}, "nodes"),
+        ({"redis": {"cluster": ["redis://h:1"]}}, "cluster"),
         ({**LEAST, "gateways": {}}, "gateways"),
         ({**LEAST, "gateway": {"replica": 3}}, "replica"),
         ({**LEAST, "gateway": {"replicas": 0}}, "replicas"),

@@ -16,7 +16,7 @@ from app.recipes.calibration import read_calibration
 from tests.recipes.names import BLOCKS, CHANNELS, RECIPES
 
 # They need the recipes environment, which `make test` prepares.
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 Facts = dict[str, dict[str, Any]]
@@ -102,9 +102,35 @@ def test_healing_comes_nearer_to_the_dense_model(facts: Facts) -> None:
 
 
 def test_width_is_uniform_and_a_multiple(facts: Facts) -> None:
-    assert facts["width"]["config"]["intermediate_size"] == CHANNELS * 3 // 4
+    assert facts["width"]["config"]["intermediate_size"] == CHANNELS // 2
     assert len(facts["width"]["manifest"]["findings"]["importance_lost"]) == BLOCKS
     assert facts["refit"]["fitted"] < 0.1 * facts["refit"]["cut"]
+
+
+def test_query_heads_go_evenly_and_the_config_tells_their_size(facts: Facts) -> None:
+    config, findings = facts["heads"]["config"], facts["heads"]["manifest"]["findings"]
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 8)
+    assert (findings["heads"], findings["of"]) == (4, 8)
+    assert [[head // 4 for head in kept] for kept in findings["kept"]] == [[0, 0, 1, 1]] * BLOCKS
+    assert all(0 < share < 0.5 for share in findings["importance_lost"])
+    assert facts["unfitted"]["manifest"]["findings"] == findings
+    assert facts["unfitted"]["divergence"] != facts["heads"]["divergence"] > 0
+
+
+def test_whole_groups_take_their_keys_and_values_with_them(facts: Facts) -> None:
+    config = facts["groups"]["config"]
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 1, 8)
+    for kept in facts["groups"]["manifest"]["findings"]["kept"]:
+        assert kept in ([0, 1, 2, 3], [4, 5, 6, 7])
+
+
+def test_the_importance_of_a_head_is_what_it_adds_to_the_output(facts: Facts) -> None:
+    assert facts["importance"]["found"] == pytest.approx(facts["importance"]["run"], rel=1e-4)
+
+
+def test_heads_and_channels_go_together(facts: Facts) -> None:
+    config = facts["heads+width"]["config"]
+    assert (config["num_attention_heads"], config["intermediate_size"]) == (4, CHANNELS // 2)
 
 
 @pytest.mark.parametrize("name", ["sparse", "sparse24"])
@@ -144,6 +170,7 @@ def test_the_sensitive_blocks_get_eight_bits(facts: Facts) -> None:
         ("misfit", "recipe 'moe4' does not fit the architecture 'mixtral'; it fits: llama, mistral"),
         ("deep", f"a model of {BLOCKS} blocks cannot be pruned to 26"),
         ("huge", "not enough memory: recipe 'w8a8' needs about"),
+        ("odd", "a llama of width 64 cannot have 6 heads, only a number that divides it"),
         ("long", "one sample alone needs 6000"),
     ],
 )

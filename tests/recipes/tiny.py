@@ -21,13 +21,15 @@ from app.errors import SluiceError
 from app.manifest import Manifest
 from app.recipes.book import find_recipe
 from app.recipes.clustering import balanced, directions
+from app.recipes.heads import head_importance
 from app.recipes.making import Order, make_variant
-from app.recipes.width import refitted
+from app.recipes.refit import refitted
 from app.recipes.work import divergence
 from tests.recipes.names import BLOCKS, CHANNELS, RECIPES
 
 WIDTH = 64
-SMALL = {"samples": "4", "tokens": "64", "drop": "1", "steps": "6", "learning_rate": "0.002", "probes": "2"}
+SMALL = {"samples": "4", "tokens": "64", "drop": "1", "steps": "6", "learning_rate": "0.002", "probes": "2",
+         "share": "0.5"}  # fmt: skip
 PROBE = torch.arange(1, 49)[None]
 
 
@@ -44,6 +46,8 @@ def checks(root: Path) -> Iterator[dict[str, Any]]:
     for name in RECIPES:
         yield {"name": name, **made(name, base, root / name)}
     yield {"name": "partitioned", **made("moe4", base, root / "partitioned", mlps="partitioned")}
+    yield {"name": "groups", **made("heads", base, root / "groups", unit="groups")}
+    yield {"name": "unfitted", **made("heads", base, root / "unfitted", refit="false")}
     yield {"name": "again", **made("moe4", base, root / "again")}
     yield {"name": "w4a16-awq", "refused": refused("w4a16-awq", base, root / "awq")}
     yield {"name": "quantized", "refused": refused("depth", root / "w8a8", root / "twice")}
@@ -51,8 +55,10 @@ def checks(root: Path) -> Iterator[dict[str, Any]]:
     yield {"name": "deep", "refused": refused("depth26", base, root / "deep")}
     yield {"name": "huge", "refused": refused("w8a8", huge(root / "huge"), root / "no-room")}
     yield {"name": "long", "refused": refused("depth", base, root / "long", short_text(root), tokens="6000")}
+    yield {"name": "odd", "refused": refused("heads", base, root / "odd", share="0.75")}
     yield {"name": "clusters", **clusters()}
     yield {"name": "refit", **refit()}
+    yield {"name": "importance", **importance()}
 
 
 def tiny_llama(directory: Path) -> Path:
@@ -66,7 +72,7 @@ def tiny_llama(directory: Path) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=WIDTH, intermediate_size=CHANNELS, num_hidden_layers=BLOCKS,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
         initializer_range=0.2, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
@@ -165,6 +171,18 @@ def refit() -> dict[str, Any]:
     cut = activations[:, kept] @ down[:, kept].T
     fitted = activations[:, kept] @ refitted(down, activations.T @ activations / 2000, kept).T
     return {"cut": float((wanted - cut).norm()), "fitted": float((wanted - fitted).norm())}
+
+
+def importance() -> dict[str, Any]:
+    """Of heads, as it follows from the products of their activations, and as it is by running each alone."""
+    generator = torch.Generator().manual_seed(3)
+    activations = torch.randn(500, 8, generator=generator) @ torch.randn(8, 24, generator=generator)
+    weight = torch.randn(16, 24, generator=generator)
+    parts = [activations[:, start : start + 8] @ weight[:, start : start + 8].T for start in (0, 8, 16)]
+    return {
+        "found": head_importance(weight, activations.T @ activations / 500, 8),
+        "run": [float((part * part).sum(dim=1).mean()) for part in parts],
+    }
 
 
 if __name__ == "__main__":

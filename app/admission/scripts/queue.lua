@@ -3,7 +3,8 @@
 -- KEYS[1] is the prefix of all keys. ARGV: 1 replica, 2 epoch it believes in, 3 number of this call, 4 number of its
 -- last answered call, 5 rules (msgpack), 6 payload (msgpack). A call answers msgpack: {status, opens_in_us, body}.
 --
---   state              hash    epoch, seen (last call), since and until (grants are withheld: see `is_open`)
+--   state              hash    epoch, seen (last call), server (its run id), since and until (grants are withheld: see
+--                              `is_open`)
 --   slots              hash    worker -> slots: the most that a live replica sees in it (view:WORKER: replica -> slots),
 --                              of an adaptive worker at most its limit (limit:WORKER: replica -> limit; see `limit_of`)
 --   held:WORKER        zset    lease id -> expiry. The set is the truth; nothing counts beside it

@@ -1,11 +1,11 @@
 -- payload: {leases: {id, worker}, tickets: ids, slots: {worker, slots}, new epoch, limits: {worker, limit}, reservations:
--- {id, tenant, age in us, claims, what is heard of it}, given: {number, {tenant, limit, window, age
--- in us, amount}}}: all that the replica holds, waits for, sees, has reserved and gave by itself. It is made so here: leases are renewed, or taken again while there is room; reservations are
--- noted again, but nothing is taken for them twice; what the replica does not know is removed. body: {epoch, ids of
--- leases without a slot, ids of tickets that do not wait here, limits that others set: {worker, limit}, how many
--- replicas are alive}.
+-- {id, tenant, age in us, claims, what is heard of it}, given: {number, {tenant, limit, window, age in us, amount}},
+-- run id of the server}: all that the replica holds, waits for, sees, has reserved and gave by itself. It is made so
+-- here: leases are renewed, or taken again while there is room; reservations are noted again, but nothing is taken for
+-- them twice; what the replica does not know is removed. body: {epoch, ids of leases without a slot, ids of tickets that
+-- do not wait here, limits that others set: {worker, limit}, how many replicas are alive}.
 
-local leases, tickets, views, new_epoch, limits, reservations, given = unpack(payload)
+local leases, tickets, views, new_epoch, limits, reservations, given, run_id = unpack(payload)
 local holds, waits, sees, reserves = {}, {}, {}, {}
 for _, lease in ipairs(leases) do
   holds[lease[1]] = lease[2]
@@ -17,10 +17,16 @@ for _, view in ipairs(views) do
   sees[view[1]] = view[2]
 end
 
+-- A server that was started or promoted since may have lost what the one before it did last, for whichever replica.
 local function join()
-  local current, seen = unpack(call('HMGET', key('state'), 'epoch', 'seen'))
+  local current, seen, server = unpack(call('HMGET', key('state'), 'epoch', 'seen', 'server'))
   local last = tonumber(call('HGET', key('calls'), me) or -1)
-  if not current or (current == epoch and last >= 0 and last < answered) then
+  local was_rolled_back = current == epoch and last >= 0 and last < answered
+  local is_another = server and run_id ~= '' and server ~= run_id
+  if run_id ~= '' then
+    call('HSET', key('state'), 'server', run_id)
+  end
+  if not current or was_rolled_back or is_another then
     call('HSET', key('state'), 'epoch', new_epoch)
     close()
     current = new_epoch

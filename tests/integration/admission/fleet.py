@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import redis
 from prometheus_client import CollectorRegistry
@@ -21,11 +22,21 @@ from app.telemetry.logs import open_log
 from app.telemetry.metrics import Metrics
 from app.tenant import Tenant
 
+T = TypeVar("T")
+PATIENCE_S = 30.0
+"""How long what must come may take: only failures wait for it."""
+LEASE_S = 6.0
+"""Longer than a machine stands still, and renewals every third of it are still soon."""
 PREFIX = f"{{sluice}}:{LAYOUT}:"
 
 
 def ticket(*candidates: str, band: Band = Band.DEFAULT, tenant: str = "t", deadline: float = float("inf")) -> Ticket:
     return Ticket("r", band, candidates or ("w",), model="m", tenant=Tenant(tenant), deadline=deadline)
+
+
+def hasty(url: str) -> settings.Redis:
+    """A server that will fall silent, and soon counts as lost then."""
+    return settings.Redis(url=url, call_timeout_s=1.5)
 
 
 @asynccontextmanager
@@ -38,11 +49,11 @@ async def replica(
     replicas: int = 1,
     **limits: object,
 ) -> AsyncIterator[RedisAdmission]:
-    """A running admission whose leases live for a second and a half, unless told otherwise."""
-    configured = settings.Admission(**{"lease_s": 1.5, **limits})
+    """A running admission, named only by its server if that is never silent; its leases live long, unless told."""
+    configured = settings.Admission(**{"lease_s": LEASE_S, **limits})
     admission = RedisAdmission(
         configured,
-        settings.Redis(url=server) if isinstance(server, str) else server,
+        settings.Redis(url=server, call_timeout_s=PATIENCE_S) if isinstance(server, str) else server,
         replicas,
         Metrics(CollectorRegistry()),
         open_log(settings.Logs(level="error")),
@@ -60,7 +71,7 @@ def gauge(admission: RedisAdmission, name: str, **labels: str) -> float:
     return admission._metrics._registry.get_sample_value(name, labels) or 0.0
 
 
-async def until(what: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(what: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     """Wait for a condition that other tasks bring about. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not what():
@@ -82,11 +93,13 @@ def parked(admission: RedisAdmission) -> int:
     return sum(lease.timer is not None for lease in admission.roster.waiting.values())
 
 
-async def granted_in_time(admission: RedisAdmission, asked: Ticket, limit_s: float = 1.5) -> tuple[QueuedLease, float]:
-    started = time.monotonic()
-    async with asyncio.timeout(limit_s):
-        lease = await admission.admit(asked)
-    return lease, time.monotonic() - started
+async def soon(what: Awaitable[T]) -> T:
+    """What must come. Raises TimeoutError."""
+    return await asyncio.wait_for(what, PATIENCE_S)
+
+
+async def granted_in_time(admission: RedisAdmission, asked: Ticket) -> QueuedLease:
+    return await soon(admission.admit(asked))
 
 
 # The whole ledger in one answer, also out of memory: {key: members}, of `slots`, `depth` and `spent` the values too.
@@ -147,6 +160,20 @@ class Dump:
 
 def _counts(fields: list[str]) -> dict[str, int]:
     return {name: int(count) for name, count in zip(fields[::2], fields[1::2], strict=True)}
+
+
+def snapshot(url: str) -> dict[bytes, bytes]:
+    with redis.Redis.from_url(url) as client:
+        return {name: client.dump(name) for name in client.keys("*")}
+
+
+def restore(url: str, saved: dict[bytes, bytes]) -> None:
+    """What a failover to a replica that was behind does: all state is that of an earlier moment."""
+    with redis.Redis.from_url(url) as client, client.pipeline(transaction=True) as pipe:
+        pipe.flushdb()
+        for name, value in saved.items():
+            pipe.restore(name, 0, value)
+        pipe.execute()
 
 
 def is_told(url: str, *admissions: RedisAdmission) -> bool:

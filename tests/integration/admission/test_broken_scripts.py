@@ -6,6 +6,7 @@ and no slot is given to a second holder while the first, who has spoken lately, 
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from hashlib import sha1
 
@@ -88,6 +89,7 @@ class BrokenScripts(Scripts):
 
 def run(valkey: Valkey, scripts: Scripts | None, examples: int) -> None:
     made = {"url": valkey.url} if scripts is None else {"url": valkey.url, "scripts": scripts}
+    gc.collect()  # what is reported of garbage parses too, and CPython 3.11 fails if Hypothesis is at it just then
     run_state_machine_as_test(
         type("Machine", (LastingMachine,), made),
         settings=settings(
@@ -103,7 +105,6 @@ def run(valkey: Valkey, scripts: Scripts | None, examples: int) -> None:
     )
 
 
-@pytest.mark.timeout(300)
 def test_it_comes_to_rest_whatever_has_happened(valkey: Valkey) -> None:
     run(valkey, None, EXAMPLES // 2)
 
@@ -118,7 +119,6 @@ BROKEN = {
 }
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("old", "new"), BROKEN.values(), ids=BROKEN.keys())
 def test_without_a_safeguard_a_state_is_wrong(valkey: Valkey, old: str, new: str) -> None:
     """Wrong, or such that the scripts themselves stumble over it."""

@@ -22,16 +22,19 @@ from tests.integration.admission.fleet import (
     Dump,
     gauge,
     granted_in_time,
+    hasty,
     is_told,
     parked,
     queued,
     replica,
+    restore,
+    snapshot,
+    soon,
     ticket,
     until,
 )
 from tests.processes import Valkey
 
-WAIT_ON_REDIS_S = 1.5
 SHARED = SharedRules(RULES, lease_us=1_500_000, settle_us=500_000, replicas=1)
 
 
@@ -49,16 +52,16 @@ async def restarted(server: Valkey) -> None:
 
 
 async def test_a_killed_ledger_leaves_streams_alone_and_a_share_is_served(own_valkey: Valkey) -> None:
-    async with replica(own_valkey.url, 4, replicas=2, without_redis="local") as one:
+    async with replica(hasty(own_valkey.url), 4, replicas=2, without_redis="local") as one:
         held = await one.admit(ticket())
         await asyncio.to_thread(own_valkey.kill)
-        lease, _ = await granted_in_time(one, ticket(), WAIT_ON_REDIS_S)
+        lease = await granted_in_time(one, ticket())
         assert one.is_degraded
         assert gauge(one, "sluice_admission_degraded") == 1
         (waiting,) = await queued(one, ticket())
         assert held.worker_id == "w"
         held.release()
-        second = await asyncio.wait_for(waiting, 1)
+        second = await soon(waiting)
         await restarted(own_valkey)
         await until(lambda: not one.is_degraded)
         await until(lambda: is_told(own_valkey.url, one))
@@ -68,7 +71,8 @@ async def test_a_killed_ledger_leaves_streams_alone_and_a_share_is_served(own_va
 
 async def test_without_the_ledger_replicas_together_never_exceed_the_slots(own_valkey: Valkey) -> None:
     """I16, with more slots than divide evenly."""
-    async with replica(own_valkey.url, 5, replicas=2) as one, replica(own_valkey.url, 5, replicas=2) as two:
+    url = hasty(own_valkey.url)
+    async with replica(url, 5, replicas=2) as one, replica(url, 5, replicas=2) as two:
         await asyncio.to_thread(own_valkey.kill)
         tasks = [asyncio.create_task(which.admit(ticket())) for which in (one, two) for _ in range(5)]
         await until(lambda: sum(task.done() for task in tasks) >= 4)
@@ -81,9 +85,10 @@ async def test_without_the_ledger_replicas_together_never_exceed_the_slots(own_v
 
 async def test_without_a_configured_number_replicas_go_by_the_last_they_heard(own_valkey: Valkey) -> None:
     """I16 with a number that the ledger told; who joined too late for the others to know grants nothing."""
-    async with replica(own_valkey.url, 5, lease_s=3.0) as one, replica(own_valkey.url, 5, lease_s=3.0) as two:
-        await until(lambda: one._census.share(5) == two._census.share(5) == 2, 15)
-        async with replica(own_valkey.url, 5, lease_s=3.0) as late:
+    url = hasty(own_valkey.url)
+    async with replica(url, 5) as one, replica(url, 5) as two:
+        await until(lambda: one._census.share(5) == two._census.share(5) == 2)
+        async with replica(url, 5) as late:
             await until(lambda: late._census.processes == 3)
             await asyncio.to_thread(own_valkey.kill)
             tasks = [asyncio.create_task(which.admit(ticket())) for which in (one, two, late) for _ in range(4)]
@@ -100,8 +105,8 @@ async def test_live_leases_are_told_before_anything_is_granted(own_valkey: Valke
     """After an empty restart the first replica back finds half of the slots free; it must not believe that."""
     async with FaultProxy(own_valkey.port) as way:
         async with (
-            replica(own_valkey.url, 4, replicas=2, lease_s=9) as one,
-            replica(way.url, 4, replicas=2, lease_s=9) as two,
+            replica(hasty(own_valkey.url), 4, replicas=2, lease_s=9) as one,
+            replica(hasty(way.url), 4, replicas=2, lease_s=9) as two,
         ):
             held = [await admission.admit(ticket()) for admission in (one, one, two, two)]
             way.fall_silent()
@@ -113,16 +118,16 @@ async def test_live_leases_are_told_before_anything_is_granted(own_valkey: Valke
             assert len(Dump(own_valkey.url).held["w"]) == 4
             assert not waiting.done()
             held[3].release()
-            await asyncio.wait_for(waiting, 2)
+            await soon(waiting)
 
 
 async def test_it_may_be_told_to_refuse_without_the_ledger(own_valkey: Valkey) -> None:
-    async with replica(own_valkey.url, without_redis="refuse") as one:
+    async with replica(hasty(own_valkey.url), without_redis="refuse") as one:
         held = await one.admit(ticket())
         (waiting,) = await queued(one, ticket())
         await asyncio.to_thread(own_valkey.kill)
         with pytest.raises(DependencyUnavailable):
-            await asyncio.wait_for(waiting, WAIT_ON_REDIS_S)
+            await soon(waiting)
         with pytest.raises(DependencyUnavailable):
             await one.admit(ticket())
         held.release()
@@ -135,12 +140,11 @@ async def test_it_may_be_told_to_refuse_without_the_ledger(own_valkey: Valkey) -
 
 
 async def test_a_paused_ledger_delays_nobody_and_leases_are_taken_again(own_valkey: Valkey) -> None:
-    async with replica(own_valkey.url, 4, lease_s=1.0) as one:
+    async with replica(hasty(own_valkey.url), 4, lease_s=1.5) as one:
         held = [await one.admit(ticket()) for _ in range(3)]
         own_valkey.pause()
-        lease, took_s = await granted_in_time(one, ticket(), WAIT_ON_REDIS_S)
-        assert took_s <= WAIT_ON_REDIS_S
-        await asyncio.sleep(1.5)  # longer than leases live
+        lease = await granted_in_time(one, ticket())
+        await asyncio.sleep(2)  # longer than leases live
         own_valkey.resume()
         await until(lambda: not one.is_degraded)
         await until(lambda: is_told(own_valkey.url, one))
@@ -148,7 +152,9 @@ async def test_a_paused_ledger_delays_nobody_and_leases_are_taken_again(own_valk
 
 
 async def test_leases_that_expired_in_a_pause_are_not_given_to_others(own_valkey: Valkey) -> None:
-    async with replica(own_valkey.url, 2, replicas=2) as one, replica(own_valkey.url, 2, replicas=2) as two:
+    url = hasty(own_valkey.url)
+    limits: dict[str, Any] = {"replicas": 2, "lease_s": 1.5}
+    async with replica(url, 2, **limits) as one, replica(url, 2, **limits) as two:
         held = [await one.admit(ticket()), await two.admit(ticket())]
         own_valkey.pause()
         await until(lambda: one.is_degraded and two.is_degraded)
@@ -176,7 +182,7 @@ async def test_out_of_memory_refuses_arrivals_whole_and_releases_still_work(own_
             after = Dump(own_valkey.url)
             assert (after.held, after.tickets, after.depth) == (before.held, before.tickets, before.depth)
             held.release()
-            lease = await asyncio.wait_for(waiting, 1)
+            lease = await soon(waiting)
             assert Dump(own_valkey.url).held["w"] == {lease.id}
             client.config_set("maxmemory", 0)
         assert not one.is_degraded
@@ -188,33 +194,19 @@ async def test_out_of_memory_refuses_arrivals_whole_and_releases_still_work(own_
 
 
 async def test_a_demoted_primary_is_left_and_found_again(own_valkey: Valkey, valkey: Valkey) -> None:
-    async with replica(own_valkey.url, 2) as one:
+    async with replica(hasty(own_valkey.url), 2) as one:
         held = await one.admit(ticket())
         with redis.Redis.from_url(own_valkey.url) as client:
             client.execute_command("REPLICAOF", "127.0.0.1", valkey.port)
-            await granted_in_time(one, ticket(), WAIT_ON_REDIS_S)
+            await granted_in_time(one, ticket())
             assert one.is_degraded
             client.execute_command("REPLICAOF", "NO", "ONE")
-        await until(lambda: not one.is_degraded, 5)
+        await until(lambda: not one.is_degraded)
         await until(lambda: is_told(own_valkey.url, one))
         assert held.id in Dump(own_valkey.url).leases
 
 
 # F27
-
-
-def snapshot(url: str) -> dict[bytes, bytes]:
-    with redis.Redis.from_url(url) as client:
-        return {name: client.dump(name) for name in client.keys("*")}
-
-
-def restore(url: str, saved: dict[bytes, bytes]) -> None:
-    """What a failover to a replica that was behind does: all state is that of an earlier moment."""
-    with redis.Redis.from_url(url) as client, client.pipeline(transaction=True) as pipe:
-        pipe.flushdb()
-        for name, value in saved.items():
-            pipe.restore(name, 0, value)
-        pipe.execute()
 
 
 async def test_a_rolled_back_ledger_is_noticed_and_put_right(valkey: Valkey) -> None:
@@ -234,19 +226,19 @@ async def test_a_rolled_back_ledger_is_noticed_and_put_right(valkey: Valkey) -> 
         gone.release()
         assert len(Dump(valkey.url).held["w"]) == 4
         kept.release()
-        await asyncio.wait_for(waiting, 2)
+        await soon(waiting)
 
 
 # F28
 
 
 async def test_a_replica_that_is_cut_off_loses_its_slots_and_finds_out(valkey: Valkey, proxy: FaultProxy) -> None:
-    async with replica(proxy.url, 2, lease_s=1.5) as cut, replica(valkey.url, 2, lease_s=1.5) as other:
+    async with replica(hasty(proxy.url), 2, lease_s=1.5) as cut, replica(valkey.url, 2) as other:
         stale = [await cut.admit(ticket()), await cut.admit(ticket())]
         waiting = await queued(other, ticket(), ticket())
         proxy.fall_silent()
-        taken = [await asyncio.wait_for(task, 5) for task in waiting]
-        assert cut.is_degraded
+        taken = [await soon(task) for task in waiting]
+        await until(lambda: cut.is_degraded)
         proxy.heal()
         await until(lambda: not cut.is_degraded)
         await until(lambda: gauge(cut, "sluice_leases_fenced_total") == 2)
@@ -257,7 +249,7 @@ async def test_a_replica_that_is_cut_off_loses_its_slots_and_finds_out(valkey: V
         assert not next_one.done()
         assert Dump(valkey.url).held["w"] == {lease.id for lease in taken}
         taken[0].release()
-        await asyncio.wait_for(next_one, 2)
+        await soon(next_one)
 
 
 # F29
@@ -269,12 +261,12 @@ async def test_a_flushed_ledger_is_rebuilt_from_the_replicas(valkey: Valkey) -> 
         waiting = [*await queued(one, ticket()), *await queued(two, ticket())]
         with redis.Redis.from_url(valkey.url) as client:
             client.flushall()
-        await until(lambda: is_told(valkey.url, one, two), 5)
+        await until(lambda: is_told(valkey.url, one, two))
         assert sum(gauge(each, "sluice_ledger_resyncs_total", reason="changed") for each in (one, two)) >= 1
         assert len(Dump(valkey.url).held["w"]) == 2
         held[0].release()
         held[1].release()
-        await asyncio.wait_for(asyncio.gather(*waiting), 2)
+        await soon(asyncio.gather(*waiting))
 
 
 # F30
@@ -285,15 +277,17 @@ async def test_a_slow_ledger_adds_two_round_trips_at_most(proxy: FaultProxy) -> 
         await granted_in_time(one, ticket())
         proxy.latency_s = 0.1
         # The worst case: it comes just after a call was sent, and goes with the next one.
-        leases = [asyncio.create_task(granted_in_time(one, ticket(), 2)) for _ in range(2)]
-        await asyncio.sleep(0.05)
-        leases += [asyncio.create_task(granted_in_time(one, ticket(), 2)) for _ in range(20)]
-        round_trip_s = 0.2
-        assert max(took_s for _, took_s in await asyncio.gather(*leases)) < 2 * round_trip_s + 0.15
+        calls = one._ledger._number
+        leases = [asyncio.create_task(granted_in_time(one, ticket())) for _ in range(2)]
+        await until(lambda: one._ledger._number > calls)
+        calls = one._ledger._number
+        leases += [asyncio.create_task(granted_in_time(one, ticket())) for _ in range(20)]
+        await asyncio.gather(*leases)
+        assert one._ledger._number - calls <= 3  # all in one call; its time may have come to sync and to reap as well
 
 
 async def test_a_busy_ledger_is_left_until_it_is_free(own_valkey: Valkey) -> None:
-    async with replica(own_valkey.url, 2) as one:
+    async with replica(hasty(own_valkey.url), 2) as one:
         await one.admit(ticket())
 
         def keep_busy() -> None:
@@ -304,7 +298,7 @@ async def test_a_busy_ledger_is_left_until_it_is_free(own_valkey: Valkey) -> Non
 
         busy = asyncio.create_task(asyncio.to_thread(keep_busy))
         await asyncio.sleep(0.2)
-        await granted_in_time(one, ticket(), WAIT_ON_REDIS_S)
+        await granted_in_time(one, ticket())
         assert one.is_degraded
         with redis.Redis.from_url(own_valkey.url) as client:
             client.script_kill()
@@ -328,7 +322,7 @@ async def test_a_ledger_that_cannot_save_is_out_of_reach(tmp_path: Path) -> None
                 client.bgsave()
                 await until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
                 with pytest.raises(DependencyUnavailable):
-                    await asyncio.wait_for(one.admit(ticket()), WAIT_ON_REDIS_S)
+                    await soon(one.admit(ticket()))
                 client.config_set("save", "")
             await until(lambda: not one.is_degraded)
             await granted_in_time(one, ticket())
@@ -342,7 +336,7 @@ async def test_a_lost_reply_neither_doubles_nor_loses_a_slot(valkey: Valkey, pro
         held = [await one.admit(ticket())]
         for round_ in range(3):
             proxy.drop_replies(1)
-            held.append((await granted_in_time(one, ticket(), 2 * WAIT_ON_REDIS_S))[0])
+            held.append(await granted_in_time(one, ticket()))
             assert proxy.replies_dropped == round_ + 1
             await until(lambda: not one.is_degraded)
             await until(lambda: is_told(valkey.url, one))
@@ -360,10 +354,10 @@ async def test_a_reset_connection_costs_nobody_his_place(valkey: Valkey, proxy: 
         await until(lambda: not one.is_degraded)
         await until(lambda: is_told(valkey.url, one, other))
         held.release()
-        first = await asyncio.wait_for(waiting[0], 2)
+        first = await soon(waiting[0])
         assert not waiting[1].done()
         first.release()
-        await asyncio.wait_for(waiting[1], 2)
+        await soon(waiting[1])
 
 
 # F35
@@ -371,7 +365,7 @@ async def test_a_reset_connection_costs_nobody_his_place(valkey: Valkey, proxy: 
 
 @pytest.mark.parametrize(
     ("visitors", "visits"),
-    [(100, 40), pytest.param(500, 200, marks=[pytest.mark.slow, pytest.mark.timeout(400)])],
+    [(100, 40), pytest.param(500, 200, marks=pytest.mark.slow)],
     ids=["4,000", "100,000"],
 )
 async def test_no_grant_reaches_another_through_cancelled_waits(

@@ -7,6 +7,7 @@ so that what is taken of them is exactly what was reserved and not given back.
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -496,6 +497,7 @@ def _words(packed: bytes) -> tuple[bytes, ...]:
 
 @pytest.mark.parametrize("may_forget", [True, False], ids=["forgetful_server", "server"])
 def test_the_invariants_hold_whatever_happens(valkey: Valkey, may_forget: bool) -> None:
+    gc.collect()  # what is reported of garbage parses too, and CPython 3.11 fails if Hypothesis is at it just then
     run_state_machine_as_test(
         type("Machine", (LedgerMachine,), {"url": valkey.url, "may_forget": may_forget}),
         settings=settings(

@@ -17,7 +17,7 @@ from app.inference import Band, Spent, TokenUsage
 from app.tenant import Limits, Tenant
 from tests.fakes.fault_proxy import FaultProxy
 from tests.integration.admission.driving import SCRIPTS, Clock
-from tests.integration.admission.fleet import Dump, is_told, queued, replica, until
+from tests.integration.admission.fleet import Dump, hasty, is_told, queued, replica, until
 from tests.processes import Valkey
 
 SLOTS = 10_000
@@ -226,8 +226,8 @@ async def test_a_reservation_whose_reply_is_lost_is_made_once(valkey: Valkey, pr
 
 
 async def test_a_dead_replicas_requests_no_longer_count_as_running(valkey: Valkey, proxy: FaultProxy) -> None:
-    async with replica(valkey.url, SLOTS, lease_s=1.5) as other:
-        async with replica(proxy.url, SLOTS, lease_s=1.5) as dying:
+    async with replica(valkey.url, SLOTS) as other:
+        async with replica(hasty(proxy.url), SLOTS, lease_s=1.5) as dying:
             await dying.admit(asked(Limits(concurrent=1, requests_per_min=10)))
             assert await granted(other, asked(Limits(concurrent=1, requests_per_min=10))) == []
             proxy.fall_silent()
@@ -252,7 +252,10 @@ async def test_a_flushed_ledger_begins_its_windows_anew_but_knows_who_runs(valke
 
 async def test_without_the_ledger_each_replica_gives_its_share(own_valkey: Valkey) -> None:
     limits = Limits(requests_per_min=7, concurrent=100)
-    async with replica(own_valkey.url, SLOTS, replicas=3) as one, replica(own_valkey.url, SLOTS, replicas=3) as two:
+    async with (
+        replica(hasty(own_valkey.url), SLOTS, replicas=3) as one,
+        replica(hasty(own_valkey.url), SLOTS, replicas=3) as two,
+    ):
         await asyncio.to_thread(own_valkey.kill)
         await until(lambda: one.is_degraded and two.is_degraded)
         assert len(await granted(one, *[asked(limits)] * 9)) == 2
@@ -260,7 +263,7 @@ async def test_without_the_ledger_each_replica_gives_its_share(own_valkey: Valke
 
 
 async def test_who_ran_before_the_ledger_went_counts_against_the_share(own_valkey: Valkey) -> None:
-    async with replica(own_valkey.url, SLOTS, replicas=2) as one:
+    async with replica(hasty(own_valkey.url), SLOTS, replicas=2) as one:
         held = await granted(one, *[asked(Limits(concurrent=4))] * 2)
         await asyncio.to_thread(own_valkey.kill)
         await until(lambda: one.is_degraded)
@@ -271,7 +274,7 @@ async def test_who_ran_before_the_ledger_went_counts_against_the_share(own_valke
 
 async def test_what_was_given_without_the_ledger_is_told_to_it(valkey: Valkey, proxy: FaultProxy) -> None:
     limits = Limits(requests_per_min=10)
-    async with replica(proxy.url, SLOTS, replicas=2, lease_s=15) as one:
+    async with replica(hasty(proxy.url), SLOTS, replicas=2, lease_s=15) as one:
         await granted(one, *[asked(limits)] * 2)
         proxy.fall_silent()
         await until(lambda: one.is_degraded)
@@ -287,7 +290,7 @@ async def test_what_was_given_without_the_ledger_is_told_to_it(valkey: Valkey, p
 
 async def test_who_ends_while_the_ledger_is_gone_is_settled_when_it_is_back(valkey: Valkey, proxy: FaultProxy) -> None:
     limits = Limits(requests_per_min=10, tokens_per_min=1000, concurrent=4)
-    async with replica(proxy.url, SLOTS, lease_s=15) as one:
+    async with replica(hasty(proxy.url), SLOTS, lease_s=15) as one:
         lease = await one.admit(asked(limits, max_tokens=500))
         proxy.fall_silent()
         await until(lambda: one.is_degraded)

@@ -15,10 +15,20 @@ import pytest
 import redis
 
 from app.errors import DependencyUnavailable
-from tests.integration.admission.fleet import Dump, gauge, granted_in_time, is_told, queued, replica, ticket, until
+from tests.integration.admission.fleet import (
+    PATIENCE_S,
+    Dump,
+    gauge,
+    granted_in_time,
+    is_told,
+    queued,
+    replica,
+    soon,
+    ticket,
+    until,
+)
 from tests.processes import Valkey
 
-WAIT_ON_REDIS_S = 1.5
 APPENDING = ("--appendonly", "yes")
 CUT_BYTES = 100
 
@@ -79,7 +89,7 @@ async def test_a_server_restarted_on_an_older_copy_is_put_right(
             assert Dump(server.url).held["w"] == {kept.id, *(lease.id for lease in lost)}
             assert not waiting.done()
             kept.release()
-            await asyncio.wait_for(waiting, 2)
+            await soon(waiting)
             assert len(Dump(server.url).held["w"]) == 4
 
 
@@ -98,7 +108,7 @@ async def test_a_server_whose_log_was_cut_starts_with_a_stated_loss_and_is_put_r
             os.truncate(log, log.stat().st_size - CUT_BYTES)
             epoch = one._ledger.epoch
             await asyncio.to_thread(server.start)
-            await asyncio.to_thread(server.process.wait_for_line, "Truncating the AOF", 5)
+            await asyncio.to_thread(server.process.wait_for_line, "Truncating the AOF")
             await until(lambda: not one.is_degraded)
             await until(lambda: is_told(server.url, one))
             await until(lambda: one._ledger.epoch != epoch)  # it was seen that something was lost
@@ -134,14 +144,14 @@ async def test_a_server_without_room_for_its_log_is_out_of_reach_until_it_has(sm
             (await one.admit(ticket())).release()
             ballast = small_disk / "ballast"
             fill(ballast)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while not one.is_degraded:  # up to here its writes fit into the last page
                     try:
                         (await one.admit(ticket())).release()
                     except DependencyUnavailable:
                         break
             with pytest.raises(DependencyUnavailable) as refused:
-                await asyncio.wait_for(one.admit(ticket()), WAIT_ON_REDIS_S)
+                await soon(one.admit(ticket()))
             assert (refused.value.status, refused.value.retry_after_s) == (503, 2)
             assert gauge(one, "sluice_admission_degraded") == 1
             ballast.unlink()

@@ -14,6 +14,9 @@ import redis
 from app import settings
 from app.admission.ledger import Ledger, LedgerGone, Scripts, SharedRules
 from app.admission.roster import rules_of
+from app.batches.claims import RedisClaims
+from app.errors import DependencyUnavailable
+from app.redis_server import RedisServer
 from app.tenancy.keys import Pepper, issue
 from app.tenancy.stores import KeysUnreadable, RedisKeys
 from tests.certificates import Authority
@@ -70,6 +73,21 @@ async def test_keys_are_kept_over_tls(valkey: Valkey, tmp_path: Path) -> None:
         await store.aclose()
 
 
+async def test_claims_are_made_over_tls(valkey: Valkey, tmp_path: Path) -> None:
+    """With the configured authorities, and no others."""
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    for context, trusted in ((ours.strict_server(HERE), True), (theirs.server(HERE), False)):
+        async with FaultProxy(valkey.port, context) as server:
+            redis = settings.Redis(url=server.url, tls=trusting(ours, **ours.client()))
+            claims = RedisClaims(redis, 15, asyncio.get_running_loop().time)
+            if trusted:
+                await claims.check()
+            else:
+                with pytest.raises(DependencyUnavailable):
+                    await claims.check()
+            await claims.close()
+
+
 async def reason(server: FaultProxy, tls: settings.Tls | None) -> str:
     """Why the ledger is out of reach."""
     ledger = Ledger(settings.Redis(url=server.url, tls=tls), "r", RULES, Scripts())
@@ -104,7 +122,7 @@ async def test_nothing_is_said_in_clear(tmp_path: Path) -> None:
         writer.transport.abort()
 
     async with await asyncio.start_server(listen, HERE, 0) as server:
-        url = f"rediss://user:canary@{HERE}:{server.sockets[0].getsockname()[1]}/0?ssl_cert_reqs=none"
+        url = f"rediss://user:canary@{HERE}:{server.sockets[0].getsockname()[1]}/0"
         ledger = Ledger(settings.Redis(url=url), "r", RULES, Scripts())
         with pytest.raises(LedgerGone):
             await ledger.open()
@@ -114,10 +132,9 @@ async def test_nothing_is_said_in_clear(tmp_path: Path) -> None:
 
 def test_the_oldest_protocol_is_tls_1_2(tmp_path: Path) -> None:
     ours = Authority(tmp_path)
-    ledger = Ledger(settings.Redis(url="rediss://x", tls=trusting(ours)), "r", RULES, Scripts())
-    assert ledger._tls is not None
-    assert ledger._tls.minimum_version == ssl.TLSVersion.TLSv1_2
-    assert ledger._tls.verify_mode == ssl.CERT_REQUIRED
+    context = RedisServer(settings.Redis(url="rediss://x", tls=trusting(ours)))._options["tls"]
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert context.verify_mode == ssl.CERT_REQUIRED
 
 
 async def test_the_user_that_is_advised_can_do_what_is_needed_and_no_more(own_valkey: Valkey) -> None:

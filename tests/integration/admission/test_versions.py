@@ -13,9 +13,20 @@ import redis
 
 from app.admission.ledger import LAYOUT, Scripts
 from app.errors import ConfigurationError
-from tests.integration.admission.fleet import PREFIX, Dump, granted_in_time, is_told, queued, replica, ticket, until
+from tests.integration.admission.fleet import (
+    PREFIX,
+    Dump,
+    granted_in_time,
+    is_told,
+    queued,
+    replica,
+    soon,
+    ticket,
+    until,
+)
 from tests.integration.gateway.running import start_gateway
-from tests.processes import Valkey, free_port
+from tests.ports import free_port
+from tests.processes import Valkey
 
 CLOCK = resources.files("app.admission").joinpath("scripts/clock.lua").read_text()
 COMMENTED = Scripts(CLOCK + "-- as another release has it\n")
@@ -44,7 +55,7 @@ async def test_two_versions_of_the_scripts_share_one_ledger(valkey: Valkey) -> N
         assert Dump(valkey.url).held["w"] == {lease.id for lease in held}
         for lease in held:
             lease.release()
-        taken = [await asyncio.wait_for(task, 2) for task in waiting]
+        taken = [await soon(task) for task in waiting]
         await until(lambda: is_told(valkey.url, old, new))
         assert Dump(valkey.url).held["w"] == {lease.id for lease in taken}
         assert not old.is_degraded
@@ -57,7 +68,7 @@ async def test_an_old_replica_that_leaves_hands_its_place_to_a_new_one(valkey: V
         async with replica(valkey.url, 1, lease_s=60) as old:
             await old.admit(ticket())
             (waiting,) = await queued(new, ticket())
-        await asyncio.wait_for(waiting, 8)
+        await soon(waiting)
         await until(lambda: is_told(valkey.url, new))
 
 
@@ -68,16 +79,16 @@ async def test_another_layout_is_another_ledger_that_this_one_does_not_touch(val
         (waiting,) = await queued(old, ticket())
         with redis.Redis.from_url(valkey.url) as client:
             before = {name: client.dump(name) for name in [*client.keys(f"{PREFIX}held:*"), f"{PREFIX}tickets"]}
-            lease, _ = await granted_in_time(new, ticket())
+            lease = await granted_in_time(new, ticket())
             (behind,) = await queued(new, ticket())
             lease.release()
-            await asyncio.wait_for(behind, 2)
+            await soon(behind)
             assert {name: client.dump(name) for name in before} == before
             prefixes = {name.rsplit(b":", 1)[0].split(b":")[1] for name in client.keys("{sluice}:*")}
         assert prefixes == {b"%d" % LAYOUT, b"%d" % (LAYOUT + 1)}
         assert Dump(valkey.url).leases == {held.id}
         held.release()
-        await asyncio.wait_for(waiting, 2)
+        await soon(waiting)
 
 
 # F34

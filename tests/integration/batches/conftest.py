@@ -12,7 +12,8 @@ import pytest
 from app import settings
 from app.batches.bucket import Bucket
 from app.batches.storage import Directory, Storage
-from tests.processes import Process, free_port
+from tests.ports import free_port
+from tests.processes import Process
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,7 @@ def s3() -> Iterator[str]:
     """Moto's S3 server, as a process of its own, with one bucket."""
     port = free_port()
     with Process([sys.executable, "-m", "moto.server", "-p", str(port)]) as server:
-        server.wait_for_line("Running on", timeout_s=30)
+        server.wait_for_line("Running on")
         url = f"http://127.0.0.1:{port}"
         urllib.request.urlopen(urllib.request.Request(f"{url}/shelf", method="PUT")).close()
         yield url

@@ -61,7 +61,7 @@ class Client:
         asked: Any = window
         return await self.api.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window=asked, **more)
 
-    async def follow(self, batch: Batch, timeout_s: float = 20.0) -> Batch:
+    async def follow(self, batch: Batch, timeout_s: float = 60.0) -> Batch:
         """The batch at its end. Every poll must show a state that may follow on the one before, and growing counts."""
         latest = batch
 
@@ -77,7 +77,7 @@ class Client:
     async def run(self, data: bytes, **more: Any) -> Batch:
         return await self.follow(await self.create(data, **more))
 
-    async def reaches(self, batch: Batch, status: str, completed: int = 0, timeout_s: float = 20.0) -> None:
+    async def reaches(self, batch: Batch, status: str, completed: int = 0, timeout_s: float = 60.0) -> None:
         async def is_there() -> bool:
             now = await self.api.batches.retrieve(batch.id)
             assert now.request_counts is not None

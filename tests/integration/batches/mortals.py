@@ -38,6 +38,7 @@ from tests.stepping import SteppingLoop
 LIMITS = settings.Batches(range_lines=3, range_bytes=2000, lease_s=3, attempts_per_line=2)
 NEVER = 10**9
 LATE_MAX = 32
+PRESSED_S = 0.005
 
 
 class Died(BaseException):
@@ -227,9 +228,14 @@ def _writing(fate: Fate, missed: Callable[[], None] = lambda: None) -> _Writing:
 
 @dataclass
 class Workers:
-    """Answer after a while, by what a line's `user` ends in; `dispatched` are all that were ever asked."""
+    """Answer after a while, by what a line's `user` ends in; `dispatched` are all that were ever asked.
+
+    `preemptible` are the lines at work that may be taken off. Whoever `is_pressed` takes every one of them, soon.
+    """
 
     dispatched: list[str] = field(default_factory=list)
+    preemptible: list[Callable[[], None]] = field(default_factory=list)
+    is_pressed: bool = False
 
     async def serve(self, request: InferenceRequest, fate: Fate) -> Any:
         if fate.is_dead:
@@ -240,18 +246,27 @@ class Workers:
             raise InvalidValue("no")
         if user.endswith("shaky") and zlib.crc32(b"%d" % len(self.dispatched)) % 2:
             raise WorkerLost("broken")
-        return self._reply(user, fate)
+        return self._reply(user, fate, request.on_preempt)
 
     @contextmanager
-    def _reply(self, user: str, fate: Fate) -> Iterator[Any]:
+    def _reply(self, user: str, fate: Fate, on_preempt: Callable[[], None] | None) -> Iterator[Any]:
         parts = [json.dumps({"answer": user, "usage": {"prompt_tokens": 2, "completion_tokens": 3}}).encode(), b""]
+        working = [on_preempt] if on_preempt is not None else []
 
         async def next_part() -> bytes:
             await asyncio.sleep(zlib.crc32(user.encode()) % 100 / 100)
             await fate.step()
             return parts.pop(0)
 
-        yield SimpleNamespace(answer=SimpleNamespace(next=next_part, is_whole=True))
+        self.preemptible += working
+        if self.is_pressed:
+            for preempt in working:
+                asyncio.get_running_loop().call_later(PRESSED_S, preempt)
+        try:
+            yield SimpleNamespace(answer=SimpleNamespace(next=next_part, is_whole=True))
+        finally:
+            for preempt in working:
+                self.preemptible.remove(preempt)
 
 
 @dataclass
@@ -304,4 +319,7 @@ class Idle:
         return Seen(slots=4, free=4, interactive=0, waiting=0, lines_waiting=0, ttft_s=None)
 
     def interactive(self, name: str) -> int:
+        return 0
+
+    async def give_way(self, name: str) -> int:
         return 0

@@ -65,7 +65,7 @@ async def test_an_interrupted_run_goes_on(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "input.jsonl").write_bytes(jsonl(lines(20)))
     bench.worker.hold()
     with bench.command(tmp_path) as process:
-        await asyncio.to_thread(process.wait_for_line, "begun", 30)
+        await asyncio.to_thread(process.wait_for_line, "begun")
         process.signal(signal.SIGINT)
         assert await ended(process) == 1
         assert "Traceback" not in process.output

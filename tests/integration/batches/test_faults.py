@@ -70,7 +70,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
 
 
 async def check_done(client: Client, requests: list[dict[str, Any]], batch: Batch) -> None:
-    done = await client.follow(batch, timeout_s=40)
+    done = await client.follow(batch)
     assert done.status == "completed"
     assert done.request_counts is not None
     assert done.request_counts.completed == done.request_counts.total == len(requests)
@@ -102,7 +102,7 @@ async def test_a_sleeping_gateway_wakes_to_find_its_lines_done(fleet: Fleet) -> 
     before = await fleet.clients[1].records(output)
     fleet.gateways[0].process.resume()
     await fleet.clients[0].follow(batch)
-    await fleet.gateways[0].idle(timeout_s=10)
+    await fleet.gateways[0].idle()
     assert await fleet.clients[0].records(output) == before
 
 
@@ -165,7 +165,7 @@ async def test_a_stopped_gateway_stores_what_is_finished(tmp_path: Path) -> None
     requests = lines(60)
     async with FakeWorker("m") as worker:
         worker.inject("slow:30")
-        async with alone(tmp_path, worker, drain_notice_s=0, drain_timeout_s=1) as (gateway, client):
+        async with alone(tmp_path, worker, drain_notice_s=0, drain_timeout_s=20) as (gateway, client):
             batch = await client.create(jsonl(requests))
             await client.reaches(batch, "in_progress", completed=5)
             gateway.process.terminate()
@@ -203,7 +203,7 @@ async def test_a_batch_waits_for_room_on_the_disk(tmp_path: Path) -> None:
                 input_file_id=batch.input_file_id, endpoint="/v1/chat/completions", completion_window="24h"
             )
         assert refused.value.status_code == 503
-        await gateway.idle(timeout_s=10)  # what could not be stored is not computed
+        await gateway.idle()  # what could not be stored is not computed
         paused = await client.api.batches.retrieve(batch.id)
         assert paused.status == "in_progress"
         assert not list((tmp_path / "kept" / "unfinished").iterdir())

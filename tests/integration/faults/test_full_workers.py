@@ -11,7 +11,7 @@ from app.inference import Band
 from app.workers.worker import State
 from tests.fakes.engine import Timing
 from tests.integration.faults.asking import Client, MakePool, attempts, spent
-from tests.integration.house import house, request
+from tests.integration.house import PATIENCE_S, house, request
 
 
 @pytest.mark.parametrize("fault", ["429:3", "busy_503"])
@@ -23,12 +23,13 @@ async def test_f15_a_full_worker_rests_and_another_serves(pool: MakePool, fault:
         condition = home.known(full).condition
         assert (condition.state, condition.failures) == (State.RESTING, 0)
         assert spent(home) == 0
-        for _ in range(5):
-            assert (await home.ask("meanwhile")).ok
-        assert attempts(full, "meanwhile") == 0
-        began = time.monotonic()
-        await home.becomes(full, State.READY)
-        assert time.monotonic() - began < 0.4 + 0.5
+        assert condition.until is not None
+        assert condition.until <= time.monotonic() + 0.4  # whatever the worker said
+        async with asyncio.timeout(PATIENCE_S):
+            while home.known(full).condition.state is State.RESTING:
+                assert attempts(full, "meanwhile") == 0
+                assert (await home.ask("meanwhile")).ok
+        assert home.known(full).condition.state is State.READY
 
 
 async def test_f15_when_all_are_full_a_request_waits_for_the_first_that_is_not(pool: MakePool) -> None:
@@ -39,21 +40,20 @@ async def test_f15_when_all_are_full_a_request_waits_for_the_first_that_is_not(p
         client, began = Client(home, request()), time.monotonic()
         await home.becomes(workers[1], State.RESTING)
         late = Client(home, request("late"))
-        assert (await client.answered(3)).ok
-        assert 0.3 < time.monotonic() - began < 3
-        assert (await late.answered(3)).ok
+        assert (await client.answered()).ok
+        assert time.monotonic() - began > 0.3
+        assert (await late.answered()).ok
         assert sum(map(attempts, workers)) == 3
 
 
 async def test_f15_waiting_for_full_workers_ends_at_the_queues_limit(pool: MakePool) -> None:
     (only,) = await pool(1)
-    async with house(only, relay={"rest_max_s": 0.2}, admission={"queue_timeout_s": 0.7}) as home:
+    async with house(only, relay={"rest_max_s": 0.2}, admission={"queue_timeout_s": 2}) as home:
         only.inject("429:3")
         began = time.monotonic()
-        told = await home.ask()
-        assert told.code == "queue_timeout"
-        assert 0.6 < time.monotonic() - began < 2
-        assert 2 <= attempts(only) <= 5  # one after each rest
+        assert (await Client(home, request()).answered()).code == "queue_timeout"
+        assert time.monotonic() - began > 1.9
+        assert 2 <= attempts(only) <= 11  # one after each rest
 
 
 async def test_f21_what_a_worker_still_works_on_limits_what_it_gets(pool: MakePool) -> None:

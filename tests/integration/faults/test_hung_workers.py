@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +12,7 @@ from app.settings import Health, Relay
 from app.workers.worker import State
 from tests.fakes.engine import Timing
 from tests.integration.faults.asking import Client, MakePool, attempts
-from tests.integration.house import house, request
+from tests.integration.house import PATIENCE_S, house, request
 from tests.processes import FakeWorkerProcess
 
 
@@ -30,10 +29,10 @@ async def test_f04_a_stopped_worker_loses_what_it_has_not_begun(stoppable: FakeW
         stoppable.process.pause()
         clients = [Client(home, request()) for _ in range(4)]
         for client in clients:
-            assert (await client.answered(5)).ok  # long before the limit of the first byte, 120 s
+            assert (await client.answered()).ok  # long before the limit of the first byte, 120 s
         assert home.known(stoppable).condition.state is State.STALLED
         assert home.metric("sluice_retries_total", reason="lost") > 0
-        assert (await Client(home, request("later")).answered(1)).ok
+        assert (await Client(home, request("later")).answered()).ok
         assert attempts(other, "later") == 1
         stoppable.process.resume()
         await home.becomes(stoppable, State.READY)
@@ -44,7 +43,7 @@ async def test_f04_silence_before_the_first_byte_ends_at_its_limit(pool: MakePoo
     async with house(only, relay={"first_byte_timeout_s": 0.2}) as home:
         for fault in ("hang_before", "hang_after:0"):  # without and with headers
             only.inject(fault, times=1)
-            told = await Client(home, request(stream=True)).answered(2)
+            told = await Client(home, request(stream=True)).answered()
             assert isinstance(told.error, UpstreamTimeout)
 
 
@@ -59,10 +58,7 @@ async def test_f05_a_stream_of_a_stopped_worker_ends_soon_after(stoppable: FakeW
         await untouched.parts(1)
         assert attempts(other, "untouched") == 1
         stoppable.process.pause()
-        paused = time.monotonic()
-        told = await stopped.answered(5)  # the gap limit itself is 60 s
-        # Three probes of 0.1 s that may take 0.2 s each until it is out, 0.3 s more for its streams; twice over.
-        assert time.monotonic() - paused < 2 * (3 * 0.3 + 0.3)
+        told = await stopped.answered()  # long before the gap limit itself, 60 s
         assert (told.code, told.whole) == ("upstream_stalled", False)
         assert b"[DONE]" not in told.body
         assert (await untouched.answered()).ok
@@ -83,7 +79,7 @@ async def test_f06_a_dead_engine_behind_a_good_health_route_is_found_out(pool: M
         clients = [Client(home, request()) for _ in range(6)]
         await home.becomes(dead, State.STALLED)
         for client in clients:
-            assert (await client.answered(3)).ok
+            assert (await client.answered()).ok
         assert attempts(dead) > 0
         stuck = attempts(dead)
         probes = dead.probes["/health"]
@@ -101,6 +97,6 @@ async def test_f06_an_engine_at_work_is_never_suspected(pool: MakePool) -> None:
     async with house(worker, health={"progress_timeout_s": 0.2}) as home:
         canaries = worker.counts.seen
         # Nothing comes of a whole answer before its end, but the engine counts tokens.
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             assert (await home.ask(max_tokens=40)).ok
         assert worker.counts.seen == canaries + 1

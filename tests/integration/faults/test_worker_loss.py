@@ -8,7 +8,7 @@ import time
 from app.workers.worker import State
 from tests.fakes.engine import Timing
 from tests.integration.faults.asking import MakePool
-from tests.integration.house import House, Told, house, request
+from tests.integration.house import PATIENCE_S, House, Told, house, request
 
 SLOTS = 8
 CLIENTS = int(0.7 * 4 * SLOTS)
@@ -54,7 +54,7 @@ async def test_l08_a_worker_lost_under_load_fails_only_the_streams_it_had_begun(
 
         async def events() -> None:
             nonlocal begun, asked
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(2 * PATIENCE_S):
                 while len(load.told) < 2 * CLIENTS or lost.counts.open < 2:
                     await asyncio.sleep(0.005)
             begun = lost.counts.open

@@ -20,9 +20,11 @@ from app.tenancy.keys import Pepper, Scope
 from app.tenancy.registrar import Registrar
 from app.tenancy.stores import FileKeys
 from tests.fakes.worker import FakeWorker
-from tests.processes import Process, free_port
+from tests.ports import free_port
+from tests.processes import Process
 
-START_TIMEOUT_S = 60.0
+PATIENCE_S = 30.0
+"""How long what must come may take: a machine may stand still for seconds, and only failures wait."""
 POLL_S = 0.01
 
 Settings = Mapping[str, Any]
@@ -38,7 +40,7 @@ class Listening(Protocol):
     def url(self) -> str: ...
 
 
-async def until(holds: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 20.0) -> None:
+async def until(holds: Callable[[], Awaitable[bool]], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Ask again and again until it holds, for what only a scrape or a probe can tell. Raises TimeoutError."""
     try:
         async with asyncio.timeout(timeout_s):
@@ -120,12 +122,12 @@ class GatewayProcess:
         return self._process
 
     async def __aenter__(self) -> Self:
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=20, headers=_bearer(self._key))
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S, headers=_bearer(self._key))
         operators = f"http://127.0.0.1:{self.admin_port}"
-        self.operators = httpx.AsyncClient(base_url=operators, timeout=20, headers=_bearer(self._admin_key))
+        self.operators = httpx.AsyncClient(base_url=operators, timeout=PATIENCE_S, headers=_bearer(self._admin_key))
         self._process = start_gateway("--config", str(self.config), wrapper=self._wrapper)
         try:
-            await asyncio.to_thread(self._process.wait_for_line, "Application startup complete", START_TIMEOUT_S)
+            await asyncio.to_thread(self._process.wait_for_line, "Application startup complete")
         except BaseException:
             await self.__aexit__()
             raise
@@ -144,7 +146,7 @@ class GatewayProcess:
     async def state_of(self, worker: Listening) -> str:
         return (await self.workers())[f"127.0.0.1:{worker.port}"]["state"]
 
-    async def ready(self, *workers: Listening, timeout_s: float = 30.0) -> None:
+    async def ready(self, *workers: Listening, timeout_s: float = PATIENCE_S) -> None:
         """Wait until these workers are ready."""
 
         async def are_ready() -> bool:
@@ -157,7 +159,7 @@ class GatewayProcess:
         answer = await self.operators.get("/metrics")
         return Scrape(answer.raise_for_status().text)
 
-    async def metric(self, name: str, expected: float, timeout_s: float = 8.0, **labels: str) -> None:
+    async def metric(self, name: str, expected: float, timeout_s: float = PATIENCE_S, **labels: str) -> None:
         """Wait until the samples of a metric add up to `expected`."""
 
         async def has_value() -> bool:
@@ -165,7 +167,7 @@ class GatewayProcess:
 
         await until(has_value, f"{name}{labels} == {expected}", timeout_s)
 
-    async def idle(self, timeout_s: float = 8.0) -> None:
+    async def idle(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until nothing is held or waits: every slot free, the queue empty, no request in flight."""
 
         async def is_idle() -> bool:

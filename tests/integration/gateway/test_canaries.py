@@ -76,7 +76,7 @@ async def held(gateway: GatewayProcess, worker: FakeWorker) -> AsyncIterator[Non
     """While one request runs and others wait; then their clients leave."""
     worker.inject("hang_before")
     asks = [asyncio.create_task(gateway.http.post(CHAT, json=chat(PROMPT, user=USER))) for _ in range(3)]
-    await gateway.metric("sluice_queue_depth", 1, timeout_s=5)
+    await gateway.metric("sluice_queue_depth", 1)
     yield
     for ask in asks:
         ask.cancel()
@@ -134,11 +134,11 @@ async def test_canaries_are_found_nowhere(tmp_path: Path, own_valkey: Valkey) ->
             await plant(gateway, worker, keys["acme"])
             async with held(gateway, worker):
                 left = dump(own_valkey) + await pages(gateway)
-            await gateway.idle(timeout_s=5)
+            await gateway.idle()
             left += dump(own_valkey) + await pages(gateway) + command_lines(gateway.process)
             last = await gateway.operators.delete("/admin/keys/thelastline")
             assert last.status_code == 404
-            await asyncio.to_thread(gateway.process.wait_for_line, "thelastline", 5)
+            await asyncio.to_thread(gateway.process.wait_for_line, "thelastline")
             log = gateway.process.output
     assert '"event": "request"' in log
     assert all(json.loads(line) for line in log.splitlines() if line.startswith("{"))

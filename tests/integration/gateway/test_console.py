@@ -154,7 +154,7 @@ async def test_an_operators_question_is_an_ordinary_request_of_its_keys_tenant(g
     assert answer.status_code == 200
     assert (answer.headers["x-sluice-variant"], "x-sluice-queue-ms" in answer.headers) == ("v", True)
     assert text.endswith("data: [DONE]\n\n")
-    line = await asyncio.to_thread(guarded.gateway.process.wait_for_line, r'"event": ?"request"', 20)
+    line = await asyncio.to_thread(guarded.gateway.process.wait_for_line, r'"event": ?"request"')
     assert json.loads(line)["tenant"] == "operators"
     assert (await guarded.gateway.operators.get(CONSOLE_CHAT)).status_code == 405
 

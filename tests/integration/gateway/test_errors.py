@@ -228,7 +228,7 @@ MINTED = re.compile("[0-9a-f]{32}")
 
 def logged(gateway: GatewayProcess, request_id: str) -> dict[str, str]:
     """The ids in the log's line on the request that was given this one."""
-    line = json.loads(gateway.process.wait_for_line(f'"request_id": ?"{request_id}"', 5))
+    line = json.loads(gateway.process.wait_for_line(f'"request_id": ?"{request_id}"'))
     return {name: line[name] for name in ("request_id", "client_request_id")}
 
 

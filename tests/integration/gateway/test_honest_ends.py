@@ -213,14 +213,14 @@ async def test_a_worker_that_does_not_begin_is_a_timeout(short: ShortTempered, s
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "upstream_timeout"
     assert answer.headers["x-should-retry"] == "false"
-    await short.worker.wait_for(1.0, open=0)
+    await short.worker.wait_for(open=0)
 
 
 async def test_a_whole_answer_that_stands_still_is_a_timeout(short: ShortTempered) -> None:
     answer = await short.gateway.http.post(CHAT, json=chat(x_fault="hang_after:10"))
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "upstream_stalled"
-    await short.worker.wait_for(1.0, open=0)
+    await short.worker.wait_for(open=0)
 
 
 async def test_a_stream_that_stands_still_ends_in_an_error_event(short: ShortTempered) -> None:
@@ -230,7 +230,7 @@ async def test_a_stream_that_stands_still_ends_in_an_error_event(short: ShortTem
     assert got[:3] == expected[:3]
     assert [error_of(event) for event in got[3:]] == [("upstream_stalled", "server_error")]
     assert not in_order
-    await short.worker.wait_for(1.0, open=0)
+    await short.worker.wait_for(open=0)
 
 
 BREAKS = [
@@ -285,4 +285,4 @@ async def test_good_connections_are_used_again(house: House) -> None:
 
 async def test_idle_connections_are_closed_before_the_worker_would(short: ShortTempered) -> None:
     await short.gateway.http.post(CHAT, json=chat())
-    await short.worker.wait_for(8.0, connections=1)  # the monitor's own
+    await short.worker.wait_for(connections=1)  # the monitor's own

@@ -240,11 +240,11 @@ async def test_gauges_of_two_processes_add_up_and_return_to_zero(twins: Twins) -
             await wire.post(CHAT, chat())
         await twins.worker.wait_for(open=2)
         await twins.gateway.metric("sluice_requests_in_flight", 2)
-        await twins.gateway.metric("sluice_slots_held", 2, timeout_s=8)
+        await twins.gateway.metric("sluice_slots_held", 2)
         assert (await twins.gateway.scrape()).sum("sluice_worker_state", state="ready") == 1
     twins.worker.resume()
     await twins.worker.wait_for(open=0)
-    await twins.gateway.idle(timeout_s=8)
+    await twins.gateway.idle()
 
 
 async def test_a_process_that_dies_takes_its_gauges_with_it(twins: Twins) -> None:
@@ -264,7 +264,7 @@ async def test_a_process_that_dies_takes_its_gauges_with_it(twins: Twins) -> Non
         return len(twins.processes()) == 2 and victim not in twins.processes()
 
     await until(is_replaced, "a new process", 60)
-    await twins.gateway.metric("sluice_requests_in_flight", 0, timeout_s=5)
+    await twins.gateway.metric("sluice_requests_in_flight", 0)
     after = await twins.gateway.scrape()
     assert after.sum("sluice_requests_total") == before.sum("sluice_requests_total")
 

@@ -15,7 +15,7 @@ from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.running import GatewayProcess, model, until
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PROCESSES = 2
 

@@ -51,8 +51,7 @@ async def test_slots_and_tickets_are_shown(house: House) -> None:
     house.narrow.resume()
     answers = await asyncio.gather(*asked)
     waits = sorted(float(answer.headers["x-sluice-queue-ms"]) for answer in answers)
-    assert waits[0] < 1
-    assert waits[1] > waits[0]
+    assert waits[1] > 2 * waits[0]
 
 
 async def order_of(worker: FakeWorker, count: int) -> list[str]:
@@ -77,7 +76,7 @@ async def test_a_full_queue_says_so_at_once(house: House) -> None:
     limit = ROOMY["admission"]["queue_limit"]
     house.narrow.hold()
     asked = [asking(house.gateway, "narrow", nonce=f"n{n}", max_tokens=1) for n in range(limit + 1)]
-    await house.gateway.metric("sluice_queue_depth", limit, timeout_s=5)
+    await house.gateway.metric("sluice_queue_depth", limit)
     answer = await asking(house.gateway, "narrow")
     assert answer.status_code == 503
     assert (answer.json()["error"]["code"], answer.json()["error"]["type"]) == ("overloaded", "server_error")

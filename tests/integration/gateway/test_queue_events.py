@@ -102,7 +102,7 @@ async def test_a_client_that_leaves_while_it_waits_is_gone_within_a_second(house
             await ask(wire)
             await standing(wire, 1, 1)
             wire.close()
-            await house.gateway.metric("sluice_queue_depth", 0, timeout_s=8)
+            await house.gateway.metric("sluice_queue_depth", 0)
     assert house.narrow.counts.seen == seen + 1
 
 
@@ -119,7 +119,7 @@ async def test_a_wait_in_vain_ends_in_an_error_event_and_an_unclean_close(
     tmp_path: Path, path: str, fields: dict[str, Any], event: bytes
 ) -> None:
     async with FakeWorker("narrow") as worker:
-        models, patience = [model("narrow", worker, max_concurrency=1)], {"queue_timeout_s": 0.9}
+        models, patience = [model("narrow", worker, max_concurrency=1)], {"queue_timeout_s": 2}
         async with GatewayProcess(tmp_path, models, admission=patience) as gateway:
             await gateway.ready(worker)
             async with held(gateway, worker), connected(gateway.url) as wire:

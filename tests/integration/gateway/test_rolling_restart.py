@@ -17,12 +17,12 @@ from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.running import GatewayProcess, model, until
 from tests.processes import Valkey
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 SLOTS = 6
 ASKERS = 4  # of six slots: about 70 %
 LOOK_S = 0.2
-NOTICE_S = 10 * LOOK_S
+NOTICE_S = 20 * LOOK_S
 
 
 @dataclass

@@ -57,8 +57,9 @@ class House:
             {**model("steady", *self.steady), "resume": True},
         ]
 
-    async def ask(self, *, name: str = "", **fields: Any) -> httpx.Response:
+    async def ask(self, *, name: str = "", timeout_ms: int = 0, **fields: Any) -> httpx.Response:
         headers = {NAMED: name} if name else {}
+        headers |= {"x-sluice-timeout-ms": str(timeout_ms)} if timeout_ms else {}
         return await self.gateway.http.post(CHAT, json=chat(**fields), headers=headers)
 
     async def trace_of(self, answer: httpx.Response) -> Trace:
@@ -66,7 +67,7 @@ class House:
 
     async def line(self, name: str) -> dict[str, Any]:
         """The log's line of the request that its client calls so."""
-        found = await asyncio.to_thread(self.gateway.process.wait_for_line, f'"client_request_id": "{name}"', 20)
+        found = await asyncio.to_thread(self.gateway.process.wait_for_line, f'"client_request_id": "{name}"')
         line: dict[str, Any] = json.loads(found)
         return line
 
@@ -88,7 +89,7 @@ async def _shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hou
                     "export_interval_s": 0.05,
                     "headers_file": str(directory / "headers"),
                 },
-                admission={"queue_timeout_s": 0.3, "trust_tenant_header": True, "no_worker_timeout_s": 0.3},
+                admission={"trust_tenant_header": True, "no_worker_timeout_s": 0.3},
                 relay={"failures_until_ejected": 100},
                 tenants=[{"name": "limited", "limits": {"requests_per_min": 1}}],
                 batches={"directory": str(directory / "batches"), "tick_s": 0.05},
@@ -260,7 +261,7 @@ async def queue_timeout(house: House, name: str) -> None:
     house.narrow.hold()
     first = asyncio.create_task(house.ask(model="narrow"))
     await house.narrow.wait_for(open=1)
-    assert (await house.ask(name=name, model="narrow")).status_code == 503
+    assert (await house.ask(name=name, model="narrow", timeout_ms=300)).status_code == 503
     house.narrow.resume()
     await first
 
@@ -400,8 +401,8 @@ async def test_a_collector_that_fails_disturbs_nobody(tmp_path: Path, collector:
             await gateway.idle()
             began = time.monotonic()
             gateway.process.terminate()
-            assert await asyncio.to_thread(gateway.process.wait, 20) == 0
-            assert time.monotonic() - began < 12
+            assert await asyncio.to_thread(gateway.process.wait) == 0
+            assert time.monotonic() - began < 30
 
 
 async def test_spans_are_flushed_at_the_end(tmp_path: Path) -> None:
@@ -413,7 +414,7 @@ async def test_spans_are_flushed_at_the_end(tmp_path: Path) -> None:
             assert collector.exports == 0
             gateway.process.terminate()
             assert (await collector.trace(answer.headers["x-request-id"])).server.facts["sluice.outcome"] == "completed"
-            assert await asyncio.to_thread(gateway.process.wait, 20) == 0
+            assert await asyncio.to_thread(gateway.process.wait) == 0
 
 
 async def test_wrong_settings_are_told_in_one_line(tmp_path: Path) -> None:

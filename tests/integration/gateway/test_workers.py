@@ -15,7 +15,7 @@ import pytest_asyncio
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.conftest import SHORT
-from tests.integration.gateway.running import GatewayProcess, model, until
+from tests.integration.gateway.running import PATIENCE_S, GatewayProcess, model, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -63,14 +63,14 @@ async def ask(stable: Stable, name: str = "m", **fields: Any) -> httpx.Response:
     return await stable.gateway.http.post(CHAT, json=chat(model=name, **fields))
 
 
-async def is_in(stable: Stable, worker: FakeWorker, state: str, reason: str = "", timeout_s: float = 5.0) -> None:
+async def is_in(stable: Stable, worker: FakeWorker, state: str, reason: str = "") -> None:
     """Wait until `/readyz` shows the worker in a state and gives this reason."""
 
     async def shows() -> bool:
         told = (await stable.gateway.workers())[f"127.0.0.1:{worker.port}"]
         return told["state"] == state and reason in told["reason"]
 
-    await until(shows, f"{worker.url} {state}: {reason}", timeout_s)
+    await until(shows, f"{worker.url} {state}: {reason}")
 
 
 async def test_load_is_spread_over_the_pool(stable: Stable) -> None:
@@ -204,7 +204,7 @@ async def test_a_worker_that_changes_its_model_unnoticed_answers_nobody_with_it(
     changed, *_ = stable.pool
     changed.model = "other"
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while await stable.gateway.state_of(changed) != "unproven":
                 answer = await ask(stable)
                 assert (answer.status_code, answer.json()["model"]) == (200, "m")
@@ -220,7 +220,7 @@ async def test_no_worker_at_all_is_said_soon(stable: Stable) -> None:
     for stream in (False, True):
         begun = time.monotonic()
         answer = await ask(stable, "odd", stream=stream)
-        assert 0.4 < time.monotonic() - begun < 3
+        assert 0.4 < time.monotonic() - begun < 20  # the queue's own limit is 30 s
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_healthy_worker")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
 
@@ -242,7 +242,7 @@ async def test_bad_metrics_of_a_worker_change_nothing(stable: Stable, kind: str)
     async def was_read_again() -> bool:
         return stable.odd.probes["/metrics"] > asked + 1
 
-    await until(was_read_again, "metrics read again", 10)
+    await until(was_read_again, "metrics read again")
     assert await stable.gateway.state_of(stable.odd) == "ready"
     assert (await ask(stable, "odd")).status_code == 200
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-READ_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 30.0
 JSON = {"content-type": "application/json"}
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
-from app.batches.line_runs import Gate
+import pytest
+
+from app.batches.line_runs import Gate, Preempted, Preemption
 from app.batches.slack import Slack
 
 
@@ -72,3 +75,49 @@ async def test_a_cancelled_turn_is_nobodys() -> None:
     outcomes = await asyncio.gather(*bench.lines, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [type(None), asyncio.CancelledError, type(None)]
     assert (bench.gate.inside, bench.gate.waiting) == (0, 0)
+
+
+async def test_what_is_given_back_is_not_taken_again_before_the_next_look() -> None:
+    bench = Bench()
+    bench.gate.set(Slack(limit=4), interactive=0)
+    await bench.arrive(20)
+    bench.gate.narrow(2)
+    await bench.leave(2)
+    assert bench.gate.inside == 2
+    await bench.leave(1)
+    assert bench.gate.inside == 2
+    bench.gate.set(Slack(limit=4), interactive=0)
+    assert bench.gate.inside == 4
+    await bench.leave(30)
+
+
+async def working(began: Callable[[Preemption], None]) -> str:
+    try:
+        with Preemption() as preemption:
+            began(preemption)
+            await asyncio.sleep(3600)
+    except Preempted:
+        return "preempted"
+    return "done"
+
+
+async def test_a_line_is_taken_off_and_goes_on_by_itself() -> None:
+    found: list[Preemption] = []
+    task = asyncio.create_task(working(found.append))
+    await asyncio.sleep(0)
+    found[0]()
+    found[0]()
+    assert await task == "preempted"
+    assert task.cancelling() == 0
+    found[0]()  # it is over: nobody is cancelled
+
+
+async def test_a_stop_in_the_same_moment_stays_one() -> None:
+    for is_first in (True, False):
+        found: list[Preemption] = []
+        task = asyncio.create_task(working(found.append))
+        await asyncio.sleep(0)
+        for act in (task.cancel, found[0]) if is_first else (found[0], task.cancel):
+            act()
+        with pytest.raises(asyncio.CancelledError):
+            await task

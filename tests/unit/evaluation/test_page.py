@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from app.card import Card, GateFailure, MeasuredOn, Speed, Uncertainty, UncertaintyStep, Verdict
+from app.evaluation.document import document
 from app.evaluation.page import Row, figures, page
 from app.evaluation.radar import Figure, radar, ratios
 from tests.unit.cards import card, quality
@@ -148,3 +149,17 @@ def test_every_table_has_as_many_cells_in_each_line(rows: list[Row]) -> None:
 def test_a_card_that_came_from_json_makes_the_same_page() -> None:
     again = [Row(row.variant, row.recipe, Card.model_validate_json(row.card.model_dump_json())) for row in ROWS]
     assert page("m", again, "p.svg") == page("m", ROWS, "p.svg")
+
+
+def test_the_document_holds_its_picture_and_quotes_engines_as_text() -> None:
+    refused = Row("w4a16", "w4a16", card(reason="ValueError: <script>no</script>"))
+    picture = radar(figures([DENSE, SMALL, refused]))
+    found = document(page("smollm2", [DENSE, SMALL, refused], "variants.svg"), "variants.svg", picture)
+    assert found.startswith("<!doctype html>")
+    assert picture in found
+    assert "<title>smollm2: which variant should I run?</title>" in found
+    assert found.count("<table>") == found.count("</table></div>") >= 3
+    assert '0.92 <span class="interval">(0.92–0.92)</span></td>' in found
+    assert "&lt;script&gt;no&lt;/script&gt;" in found
+    assert "<script>" not in found
+    assert "<img" not in found

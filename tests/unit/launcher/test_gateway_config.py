@@ -13,7 +13,7 @@ from app.launcher.gateway_config import ServedWorker, gateway_config
 from app.launcher.network import GivenWorker, identify, reachable, require_free
 from app.settings import Settings
 from tests.fakes.worker import FakeWorker
-from tests.processes import free_port
+from tests.ports import free_port
 
 DENSE = ServedWorker("m", "dense", "http://127.0.0.1:1", "m:dense", slots=8)
 W8A8 = ServedWorker("m", "w8a8", "http://127.0.0.1:2", "m:w8a8", 4, "w8a8", Path("/models/m/w8a8/sluice.json"))

@@ -104,6 +104,21 @@ async def test_a_death_at_the_start_is_a_failure_with_the_processes_own_words(
     assert told.lines == []
 
 
+async def test_where_one_suffices_only_the_last_to_be_given_up_is_a_failure(
+    supervisor: Supervisor, tmp_path: Path, told: Told
+) -> None:
+    waits = tmp_path / "go"
+    last = f"import os, time\nwhile not os.path.exists({str(waits)!r}): time.sleep(0.01)\nraise ValueError('second')"
+    specs = (spec(tmp_path, "raise ValueError('first')", "one"), spec(tmp_path, last, "other"))
+    await supervisor.start(*specs, one_suffices=True)
+    await told.count(1)
+    assert told.lines[0].startswith("one ended with exit code 1: ValueError: first; going on without it")
+    assert supervisor.given_up == {"one"}
+    waits.touch()
+    assert str(await failure(supervisor)) == "other ended with exit code 1: ValueError: second"
+    assert supervisor.given_up == {"one", "other"}
+
+
 async def test_a_command_that_does_not_exist_is_a_failure(supervisor: Supervisor, tmp_path: Path) -> None:
     await supervisor.start(ProcessSpec("child", ("/no/such/command",), tmp_path / "log", {}, 1.0))
     assert "/no/such/command: No such file or directory" in str(await failure(supervisor))

@@ -24,9 +24,9 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_worker(home: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_worker(home: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app", "worker", "/models/m", "--served-model", "m:v", "--port", "9000"]
-    environ = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    environ = {"PATH": os.environ["PATH"], "HOME": str(home), **environment}
     given = ["--engine", "cpu", "--home", str(home), *options]
     return subprocess.run(
         [*command, *given], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False
@@ -51,3 +51,12 @@ def test_without_a_file_there_is_no_key(home: Path) -> None:
 def test_a_file_that_is_not_there_is_one_line(home: Path) -> None:
     done = run_worker(home, "--api-key-file", "/nowhere/key")
     assert (done.returncode, done.stderr) == (2, "error: /nowhere/key: No such file or directory\n")
+
+
+def test_a_machine_without_libnuma_is_one_line(home: Path) -> None:
+    """The loader itself says that it cannot: before any other place it looks where the environment says."""
+    (home / "libnuma.so.1").write_bytes(b"no library")
+    done = run_worker(home, LD_LIBRARY_PATH=str(home))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: vLLM's CPU build needs libnuma.so.1: `apt-get install libnuma1`")
+    assert done.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.errors import LaunchError
-from app.recipes.choice import blocks_to_keep, group_size, most, uniform_width, windows
+from app.recipes.choice import blocks_to_keep, group_size, heads_to_keep, most, uniform_heads, uniform_width, windows
 
 
 def test_the_least_influential_blocks_go_and_the_ends_stay() -> None:
@@ -29,6 +29,20 @@ def test_a_width_is_a_share_in_whole_multiples() -> None:
 def test_a_width_that_cuts_nothing_or_everything_is_refused(share: float, multiple: int) -> None:
     with pytest.raises(LaunchError):
         uniform_width(256, share, multiple)
+
+
+def test_heads_go_evenly_from_all_groups_or_with_their_group() -> None:
+    importance = [1.0, 5.0, 4.0, 9.0, 1.0, 8.0, 2.0, 3.0, 3.0]
+    assert uniform_heads(9, 3, 0.75, whole=False) == (6, 3)
+    assert heads_to_keep(importance, 3, (6, 3)) == [1, 2, 3, 5, 7, 8]
+    assert uniform_heads(9, 3, 0.75, whole=True) == (6, 2)
+    assert heads_to_keep(importance, 3, (6, 2)) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("groups", "share", "whole"), [(3, 0.9, False), (3, 0.1, True), (9, 0.5, False)])
+def test_heads_that_all_stay_or_all_go_are_refused(groups: int, share: float, whole: bool) -> None:
+    with pytest.raises(LaunchError, match="can stay"):
+        uniform_heads(9, groups, share, whole=whole)
 
 
 def test_the_highest_values_first_and_of_equal_ones_the_first() -> None:

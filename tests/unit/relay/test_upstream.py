@@ -13,7 +13,7 @@ from app.errors import UpstreamBadResponse, UpstreamStalled, UpstreamTimeout, Wo
 from app.relay.upstream import BUFFER_MAX_BYTES, ConnectFailed, Connection, Upstream
 from app.settings import Relay as Limits
 from app.workers.worker import Progress
-from tests.processes import free_port
+from tests.ports import free_port
 from tests.stepping import Line, SteppingLoop
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
@@ -147,13 +147,13 @@ async def test_silence_before_the_first_byte() -> None:
 
 async def test_the_timer_that_an_exchange_leaves_is_moved_for_the_next_one() -> None:
     script = Script(OK + b"content-length: 2\r\n\r\n{}", b"")
-    async with script.running(first_byte_timeout_s=0.3) as upstream, asyncio.timeout(10):
+    async with script.running(first_byte_timeout_s=1) as upstream, asyncio.timeout(30):
         assert await read_all(upstream) == b"{}"
-        await asyncio.sleep(0.1)  # the timer is under way while nothing is
+        await asyncio.sleep(0.3)  # the timer is under way while nothing is
         began = asyncio.get_running_loop().time()
         with pytest.raises(UpstreamTimeout):
             await read_all(upstream)
-        assert asyncio.get_running_loop().time() - began >= 0.29
+        assert asyncio.get_running_loop().time() - began >= 0.99
     assert script.connections == 1
 
 
@@ -173,7 +173,7 @@ async def test_headers_that_dribble_are_no_first_byte() -> None:
     server = await asyncio.start_server(dribble, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     upstream = Upstream(WorkerAddress("w", "127.0.0.1", port, "m", 1), Limits(first_byte_timeout_s=0.1))
-    async with server, asyncio.timeout(5):
+    async with server, asyncio.timeout(30):
         with pytest.raises(UpstreamTimeout):
             await read_all(upstream)
         await ended.wait()
@@ -246,6 +246,6 @@ async def test_a_cancelled_read_closes_the_connection() -> None:
     async with Script(OK + b"content-length: 10\r\n\r\n", OK + b"content-length: 2\r\n\r\n{}").running() as upstream:
         task = asyncio.create_task(read_all(upstream))
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
+            async with asyncio.timeout(0.5):
                 await task
         assert await read_all(upstream) == b"{}"

@@ -58,6 +58,47 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
+{{- /* How the gateway reaches the server that all share. */ -}}
+{{- define "sluice.redis" -}}
+{{- $given := .Values.redis -}}
+{{- $ways := compact (list $given.url $given.urlSecret.name $given.sentinel.master (join "," $given.cluster)) -}}
+{{- if ne (len $ways) 1 }}{{ fail "redis.url, redis.urlSecret.name, redis.sentinel.master or redis.cluster: exactly one says where the queue is that gateways share" }}{{ end -}}
+{{- $redis := dict "prefix" (include "sluice.name" .) -}}
+{{- if $given.url }}{{ $_ := set $redis "url" $given.url }}{{ end -}}
+{{- if $given.cluster }}{{ $_ := set $redis "cluster" $given.cluster }}{{ end -}}
+{{- with $given.sentinel }}{{ if .master -}}
+  {{- $sentinel := dict "master" .master "nodes" .nodes -}}
+  {{- if .username }}{{ $_ := set $sentinel "username" .username }}{{ end -}}
+  {{- if .passwordSecret.name }}{{ $_ := set $sentinel "password_file" "/etc/sluice/redis/sentinel-password" }}{{ end -}}
+  {{- $_ := set $redis "sentinel" $sentinel -}}
+{{- end }}{{ end -}}
+{{- if $given.username }}{{ $_ := set $redis "username" $given.username }}{{ end -}}
+{{- if $given.passwordSecret.name }}{{ $_ := set $redis "password_file" "/etc/sluice/redis/password" }}{{ end -}}
+{{- if $given.tls }}{{ $_ := set $redis "tls" dict }}{{ end -}}
+{{- if $given.caSecret.name }}{{ $_ := set $redis "tls" (dict "ca_file" "/etc/sluice/redis/ca.crt") }}{{ end -}}
+{{- toYaml $redis }}
+{{- end }}
+
+{{- /* Its Secrets, as files of one volume; nothing where there are none. */ -}}
+{{- define "sluice.redisFiles" -}}
+{{- $files := dict "ca.crt" .Values.redis.caSecret "password" .Values.redis.passwordSecret "sentinel-password" .Values.redis.sentinel.passwordSecret -}}
+{{- range $file, $secret := $files }}{{ if $secret.name }}
+- secret: {name: {{ $secret.name }}, items: [{key: {{ $secret.key }}, path: {{ $file }}}]}
+{{- end }}{{ end -}}
+{{- end }}
+
+{{- /* Where Redis may listen: the ports that are named, and the usual one, which is what others say. */ -}}
+{{- define "sluice.redisPorts" -}}
+{{- $named := concat .Values.redis.sentinel.nodes .Values.redis.cluster -}}
+{{- if .Values.redis.url }}{{ $named = list ((urlParse .Values.redis.url).host) }}{{ end -}}
+{{- $ports := list -}}
+{{- range $named }}{{ $ports = append $ports (splitList ":" . | last | regexFind "^[0-9]+$" | default "6379") }}{{ end -}}
+{{- if not .Values.redis.url }}{{ $ports = append $ports "6379" }}{{ end -}}
+{{- range uniq $ports }}
+- {port: {{ . }}, protocol: TCP}
+{{- end -}}
+{{- end }}
+
 {{- /* The gateway's configuration file: what the chart knows, over what `gateway.config` says. */ -}}
 {{- define "sluice.config" -}}
 {{- $models := list -}}
@@ -72,14 +113,11 @@ capabilities: {drop: [ALL]}
   {{- end -}}
   {{- $models = append $models (merge (dict "variants" $variants) (omit $model "variants")) -}}
 {{- end -}}
-{{- $redis := dict "prefix" (include "sluice.name" .) -}}
-{{- if .Values.redis.url }}{{ $_ := set $redis "url" .Values.redis.url }}{{ end -}}
-{{- if .Values.redis.caSecret.name }}{{ $_ := set $redis "tls" (dict "ca_file" "/etc/sluice/redis/ca.crt") }}{{ end -}}
 {{- $own := dict
   "listen" (dict "host" "0.0.0.0" "port" 8000)
   "admin" (dict "host" "0.0.0.0" "port" 8001)
   "auth" (dict "enabled" true "secret_file" "/etc/sluice/auth/secret" "key_files" (list "/etc/sluice/auth/keys.json"))
-  "redis" $redis
+  "redis" (include "sluice.redis" . | fromYaml)
   "models" $models
   "tenants" .Values.tenants
   "drain_notice_s" (int .Values.gateway.drain.noticeSeconds)
