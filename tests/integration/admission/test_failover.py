@@ -171,6 +171,13 @@ async def test_a_primary_that_was_demoted_is_left(guarded: Guarded) -> None:
     await claims.close()
 
 
+async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        await reader.read()
+    finally:
+        writer.close()
+
+
 async def test_the_newest_word_counts_and_silent_sentinels_cost_little(tmp_path: Path) -> None:
     """A Sentinel that was away during a failover still names the old primary, which lives and calls itself one."""
     old, new = Valkey(tmp_path), Valkey(tmp_path)
@@ -178,7 +185,7 @@ async def test_the_newest_word_counts_and_silent_sentinels_cost_little(tmp_path:
         with SentinelProcess(tmp_path / "ahead", new.port, 2) as ahead:
             ahead.ask("SET", MASTER, "quorum", "2")
             await asyncio.to_thread(_renew_epoch, ahead, new.port)
-            silent = await asyncio.start_server(lambda *_: None, HOST, 0)
+            silent = await asyncio.start_server(say_nothing, HOST, 0)
             dumb = f"{HOST}:{silent.sockets[0].getsockname()[1]}"
             for nodes in ([behind.node, dumb, ahead.node], [ahead.node, f"{HOST}:{free_port()}", behind.node]):
                 ledger = Ledger(watched(nodes), "r", SHARED, Scripts())
