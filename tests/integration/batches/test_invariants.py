@@ -61,6 +61,7 @@ class BatchesUnderFaults(RuleBasedStateMachine):
         self.notes = Notes()
         self.loop.set_exception_handler(self._note)
         self.jumped_s = 0.0
+        self.is_healing = False
         self.disk = Disk(Path(self.place.name))
         self.table = Table(self.loop)
         self.workers = Workers()
@@ -183,7 +184,7 @@ class BatchesUnderFaults(RuleBasedStateMachine):
     def press(self, seconds: float) -> None:
         """For a while every line's slot is wanted."""
         self.workers.is_pressed = True
-        self.loop.call_later(seconds, self._be_well)
+        self.loop.call_later(seconds, self._relax)
         self._pass(0.6)
 
     @rule()
@@ -271,7 +272,7 @@ class BatchesUnderFaults(RuleBasedStateMachine):
     def _heal(self) -> None:
         """All is well again but for the slots, which others want; then every batch must come to its end."""
         self._be_well()
-        self.workers.is_pressed = True
+        self.workers.is_pressed = self.is_healing = True
         for gateway in self.gateways:
             gateway.fate.awake.set()
         self.jumped_s += 2 * ORPHAN_S  # marks of batches that never came to be are swept after that
@@ -318,7 +319,10 @@ class BatchesUnderFaults(RuleBasedStateMachine):
             self.gateways.append(MortalGateway(self.disk, self.table, self.workers, self.notes, self._wall))
 
     def _be_well(self) -> None:
-        self.disk.is_full = self.table.is_down = self.table.is_wrong = self.workers.is_pressed = False
+        self.disk.is_full = self.table.is_down = self.table.is_wrong = False
+
+    def _relax(self) -> None:
+        self.workers.is_pressed = self.is_healing
 
     def _doubt(self) -> None:
         """Claims promise that nobody else is at work: not while they are wrong. What they are not for still holds."""
