@@ -198,7 +198,7 @@ SERVICE: dict[str, Sequence[Graph | Figure]] = {
                 Line(mean("sluice_upstream_first_byte_seconds", INTERACTIVE), "worker: to its first byte"),
                 Line(mean("sluice_gateway_overhead_seconds", INTERACTIVE), "gateway itself"),
             ],
-            "Means of three parts, which add up; without batches. The first byte of an answer that does not stream comes"
+            "Means of three parts, which add up; without batches. An answer that does not stream has its first byte late:"
             " with its last.",
             is_stacked=True,
         ),
