@@ -150,7 +150,7 @@ def quantile(share: float, metric: str, by: str = "", where: str = WHERE) -> str
     return f"histogram_quantile({share}, sum by ({grouping}) (rate({metric}_bucket{{{where}}}{RATE})))"
 
 
-def mean(metric: str, where: str = WHERE) -> str:
+def mean(metric: str, where: str) -> str:
     return f"sum(rate({metric}_sum{{{where}}}{RATE})) / sum(rate({metric}_count{{{where}}}{RATE}))"
 
 
@@ -191,14 +191,15 @@ SERVICE: dict[str, Sequence[Graph | Figure]] = {
             bound=float(OBJECTIVE_S),
         ),
         Graph(
-            "Where the first token waits",
+            "Where the first byte waits",
             "s",
             [
-                Line(mean("sluice_queue_wait_seconds"), "queue: for a slot"),
-                Line(mean("sluice_upstream_first_byte_seconds"), "worker: to its first byte"),
-                Line(mean("sluice_gateway_overhead_seconds"), "gateway itself"),
+                Line(mean("sluice_queue_wait_seconds", INTERACTIVE), "queue: for a slot"),
+                Line(mean("sluice_upstream_first_byte_seconds", INTERACTIVE), "worker: to its first byte"),
+                Line(mean("sluice_gateway_overhead_seconds", INTERACTIVE), "gateway itself"),
             ],
-            "Means of the three parts, which add up.",
+            "Means of three parts, which add up; without batches. The first byte of an answer that does not stream"
+            " comes with its last.",
             is_stacked=True,
         ),
         Graph("Inter-token latency", "s", quantiles("sluice_inter_token_latency_seconds")),
@@ -473,6 +474,7 @@ BATCHES: dict[str, Sequence[Graph | Figure]] = {
                 Line(f"sum(rate(sluice_batch_preempted_tokens_total{RATE}))", "tokens a second in vain, estimated"),
             ],
             "For interactive requests that would have waited for their slots; they are run again.",
+            quiet="no line had to give way",
         ),
         Graph(
             "What interactive streams notice: TTFT p95",

@@ -100,11 +100,11 @@ class FaultProxy:
         try:
             await asyncio.wait([there, back], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._writers -= {writer, upstream}
+            upstream.transport.abort()
             there.cancel()
             back.cancel()
             await asyncio.gather(there, back, return_exceptions=True)
-            self._writers -= {writer, upstream}
-            upstream.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_reply: bool) -> None:
         while data := await reader.read(CHUNK):

@@ -20,10 +20,10 @@ from tests.monitoring.panels import Panel, dashboards
 from tests.monitoring.prometheus import Prometheus
 from tests.monitoring.scene import staged
 
-SCRAPE_S = 2
+SCRAPE_S = 5
 RATE_S = 4 * SCRAPE_S
 """Grafana's `$__rate_interval` for so short a time."""
-SPAN_S = 150.0
+SPAN_S = 180.0
 
 
 async def series_of(prometheus: Prometheus, panel: Panel, start: float, end: float) -> list[Series]:

@@ -12,7 +12,9 @@ from app.catalogue import WorkerAddress
 from app.errors import UpstreamBadResponse, UpstreamStalled, UpstreamTimeout, WorkerLost
 from app.relay.upstream import BUFFER_MAX_BYTES, ConnectFailed, Connection, Upstream
 from app.settings import Relay as Limits
+from app.workers.worker import Progress
 from tests.ports import free_port
+from tests.stepping import Line, SteppingLoop
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 
@@ -104,6 +106,31 @@ async def test_bytes_after_the_answer_are_never_another_requests_answer() -> Non
     assert script.connections == 2
 
 
+async def test_an_exchange_that_is_left_in_the_middle_takes_its_connection_with_it() -> None:
+    script = Script(OK + b"content-length: 10\r\n\r\nhalf", OK + b"content-length: 2\r\n\r\n[]")
+    async with script.running() as upstream, asyncio.timeout(10):
+        async with exchange_with(upstream, "/", b"{}") as connection:
+            assert await connection.read() == b"half"
+        assert await read_all(upstream) == b"[]"
+    assert script.connections == 2
+
+
+@pytest.mark.parametrize(
+    "late", [b"x", b"\r\n", OK + b"content-length: 4\r\n\r\nevil", OK + b"content-length: 99\r\n\r\n"]
+)
+def test_bytes_that_come_while_nothing_is_asked_end_the_connection(late: bytes) -> None:
+    loop, line = SteppingLoop(), Line()
+    connection = Connection(loop, Limits(), Progress())
+    connection.connection_made(line)
+    connection.start(b"", b"")
+    connection.data_received(OK + b"content-length: 2\r\n\r\n{}")
+    assert connection.finish()
+    assert connection.is_open
+    connection.data_received(late)
+    assert (connection.is_open, line.closed) == (False, True)
+    loop.close()
+
+
 @pytest.mark.parametrize(
     "answer",
     [OK + b"content-length: 10\r\n\r\n{}", OK + b"transfer-encoding: chunked\r\n\r\n5\r\nab", b"", OK, OK + b"\r\n{}"],
@@ -190,6 +217,30 @@ async def test_an_answer_that_never_ends_ends() -> None:
     ) as upstream:
         with pytest.raises(UpstreamStalled):
             await read_all(upstream)
+
+
+def test_an_answer_that_keeps_coming_ends_at_the_limit_of_a_whole_one() -> None:
+    """In time that is not real: some of it every 50 s for an hour, and never a gap of the 60 s that are too long."""
+    loop = SteppingLoop()
+    connection = Connection(loop, Limits(), Progress())
+    connection.connection_made(Line())
+
+    def come(data: bytes) -> None:
+        connection.data_received(data)
+        connection.take()
+        if connection.is_open and loop.time() < 2 * Limits().total_timeout_s:
+            loop.call_later(50.0, come, b"1\r\nx\r\n")
+
+    async def listened() -> float:
+        ended = loop.create_future()
+        connection.start(b"", b"")
+        connection.listen(lambda: ended.set_result(loop.time()) if connection.is_over else None)
+        loop.call_later(1.0, come, OK + b"transfer-encoding: chunked\r\n\r\n1\r\nx\r\n")
+        return float(await ended)
+
+    assert loop.run_until_complete(listened()) == pytest.approx(Limits().total_timeout_s)
+    assert isinstance(connection.failure, UpstreamStalled)
+    loop.close()
 
 
 async def test_nobody_listens() -> None:
