@@ -172,7 +172,7 @@ def _performance(row: Row, rows: Sequence[Row]) -> list[str]:
 def _quality(row: Row, _rows: Sequence[Row]) -> list[str]:
     quality = row.card.quality
     if quality is None:
-        return [NONE] * (5 + len(TASKS)) + [str(row.verdict)]
+        return [NONE] * (5 + len(TASKS)) + ["not measured" if row.verdict.passed else str(row.verdict)]
     values: list[Estimate] = [
         quality.relative, quality.kl_nats_per_token, quality.js_nats_per_token, quality.top1_agreement,
         quality.perplexity_ratio,
@@ -270,19 +270,28 @@ def _missing(rows: Sequence[Row]) -> list[str]:
 
 
 def _measured(rows: Sequence[Row]) -> str:
+    """How, of what was measured at all."""
     card = rows[0].card
-    machine = card.machine
-    where = (
-        f"{machine.cores} cores ({machine.instruction_set}), vLLM {machine.engine_version} for {machine.engine}"
-        if machine
-        else "no worker was run"
-    )
-    price = f", at ${card.cost.machine_price_per_hour:g} an hour" if card.cost else ""
-    tokens = f"{card.quality.tokens:,} tokens of text" if card.quality else "no text"
-    return (
-        f"- Machine: {where}{price}. One worker at a time, the client beside it.\n"
-        f"- Quality: {tokens} (SHA-256 `{card.text_sha256[:12]}`), all logits; {_items(card)} items of three tasks"
-        f" through the worker's own API by lm-evaluation-harness; seed {card.seed}.\n"
-        "- Speed: prompts of about 80 tokens that share no beginning, 64 generated tokens, greedy, streamed. Memory is"
-        " the PSS of the worker's processes."
-    )
+    lines = []
+    if machine := card.machine:
+        price = f", at ${card.cost.machine_price_per_hour:g} an hour" if card.cost else ""
+        lines.append(
+            f"- Machine: {machine.cores} cores ({machine.instruction_set}), vLLM {machine.engine_version} for"
+            f" {machine.engine}{price}. One worker at a time, the client beside it."
+        )
+    if card.quality:
+        asked = (
+            f"{_items(card)} items of three tasks through the worker's own API by lm-evaluation-harness"
+            if _items(card)
+            else "no tasks, so that the text alone decides"
+        )
+        lines.append(
+            f"- Quality: {card.quality.tokens:,} tokens of text (SHA-256 `{card.text_sha256[:12]}`), all logits;"
+            f" {asked}; seed {card.seed}."
+        )
+    if card.speed:
+        lines.append(
+            "- Speed: prompts of about 80 tokens that share no beginning, 64 generated tokens, greedy, streamed."
+            " Memory is the PSS of the worker's processes."
+        )
+    return "\n".join(lines)

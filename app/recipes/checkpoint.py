@@ -45,9 +45,15 @@ def load_tokenizer(checkpoint: Path, report: Report) -> Any:
     return AutoTokenizer.from_pretrained(checkpoint)
 
 
-def save(model: Any, tokenizer: Any, output: Path, report: Report, **how: Any) -> None:
-    """Writes bfloat16 safetensors, config, generation config, tokenizer and chat template to `output`."""
+def save(model: Any, tokenizer: Any, output: Path, report: Report, *, reshaped: bool = False, **how: Any) -> None:
+    """Writes bfloat16 safetensors, config, generation config, tokenizer and chat template to `output`.
+
+    Where the model is `reshaped`, the config is the model's own: llm-compressor writes that of the checkpoint which the
+    model was loaded from, with its number of blocks and heads, unless it cannot tell which one that was.
+    """
     report("writing the checkpoint", 0, None)
+    if reshaped:
+        model.config.name_or_path = ""
     model.to(torch.bfloat16).save_pretrained(output, **how)
     tokenizer.save_pretrained(output)
     # llm-compressor's own record of itself; ours is the manifest.

@@ -83,6 +83,7 @@ def _cook(order: Order, report: Report) -> tuple[Calibration | None, dict[str, A
             work.tokenizer,
             order.output,
             report,
+            reshaped=chain.reshapes,
             **({"save_compressed": True} if chain.quantization else {}),
         )
     return calibration if chain.calibrates else None, {name: found for name, found in findings.items() if found}

@@ -115,6 +115,11 @@ class Chain:
         return self.recipes[-1].quantization
 
     @property
+    def reshapes(self) -> bool:
+        """Whether the result may have another architecture or other dimensions than the base."""
+        return any(recipe.kind in {Kind.PRUNE, Kind.MIXTURE} for recipe in self.recipes)
+
+    @property
     def calibrates(self) -> bool:
         return any(recipe.calibrates for recipe in self.recipes)
 

@@ -152,6 +152,12 @@ def test_quantized_weights_have_the_format_that_they_claim(facts: Facts, name: s
     assert facts[name]["manifest"]["weights_bytes"] < facts["depth+heal"]["manifest"]["weights_bytes"]
 
 
+def test_what_is_quantized_after_pruning_has_the_shape_of_what_was_pruned(facts: Facts) -> None:
+    assert facts["depth+w8a8"]["config"]["num_hidden_layers"] == BLOCKS - 1
+    assert facts["moe4+w8a8"]["config"]["model_type"] == "mixtral"
+    assert facts["w8a8"]["config"]["num_hidden_layers"] == BLOCKS
+
+
 def test_the_cache_gets_scales(facts: Facts) -> None:
     assert facts["fp8-kv"]["config"]["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
 

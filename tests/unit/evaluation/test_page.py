@@ -163,3 +163,14 @@ def test_the_document_holds_its_picture_and_quotes_engines_as_text() -> None:
     assert "&lt;script&gt;no&lt;/script&gt;" in found
     assert "<script>" not in found
     assert "<img" not in found
+
+
+def test_the_page_tells_only_of_what_was_measured() -> None:
+    text = page(
+        "m", [Row("dense", "dense", card(quality(1.0))), Row("moe", "moe", card(reason="KeyError: no"))], "p.svg"
+    )
+    how = text.partition("## How it was measured")[2]
+    assert "no tasks, so that the text alone decides" in how
+    assert "Speed" not in how
+    assert "Machine" not in how
+    assert next(line for line in text.splitlines() if line.startswith("| `moe` | – | – |")).endswith("| not measured |")
