@@ -67,7 +67,7 @@ async def healed(*admissions: RedisAdmission) -> None:
 
 
 def at_port(admission: RedisAdmission) -> int:
-    connection = admission._ledger._connection
+    connection = admission._ledger._listener
     return connection.port if connection is not None else 0
 
 
@@ -201,8 +201,8 @@ async def test_the_newest_word_counts_and_silent_sentinels_cost_little(tmp_path:
                     way = watched(nodes).model_copy(update={"call_timeout_s": 4.0})
                     ledger = Ledger(way, "r", SHARED, Scripts())
                     await ledger.open()
-                    assert ledger._connection is not None
-                    assert ledger._connection.port == new.port
+                    assert ledger._listener is not None
+                    assert ledger._listener.port == new.port
                     await ledger.close()
 
 
