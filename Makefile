@@ -21,10 +21,10 @@ PYTEST := $(BIN)/python -m pytest -q
 TESTED := --prepare-only --variants dense,w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help up variants install check lint test compose-test bench fuzz cards dashboards settings locks
+.PHONY: help up variants install check lint test compose-test bench fuzz cards dashboards dashboard-pictures settings locks
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
 
 up: install  ## Serve a quantized model on 127.0.0.1:8000 (installs and makes what is missing)
 	@exec $(BIN)/python -m app up $(ARGS)
@@ -72,6 +72,10 @@ cards: install  ## Measure every variant of smollm2 again and write deploy/varia
 dashboards: install  ## Write deploy/grafana/dashboards again from their code
 	$(BIN)/python deploy/grafana/build.py
 
+dashboard-pictures: install  ## Draw every panel of the dashboards from a real Prometheus into deploy/pictures (3 minutes)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r deploy/locks/pictures.txt
+	$(BIN)/python -m tests.monitoring.pictures deploy/pictures $(ARGS)
+
 settings: install  ## Write deploy/settings.md again from app/settings
 	$(BIN)/python deploy/settings.py
 
@@ -79,6 +83,7 @@ locks: install  ## Write the locks again from pyproject.toml and deploy/locks/*.
 	$(COMPILE) --generate-hashes pyproject.toml --extra up --group dev -o $(LOCK)
 	$(COMPILE) --generate-hashes pyproject.toml --extra traces --constraints $(LOCK) -o deploy/locks/image.txt
 	$(COMPILE) --generate-hashes deploy/locks/build.in -o deploy/locks/build.txt
+	$(COMPILE) --generate-hashes --constraints $(LOCK) deploy/locks/pictures.in -o deploy/locks/pictures.txt
 	for name in worker-cpu recipes harness; do \
 	  $(COMPILE) $(TORCH) --override deploy/locks/overrides.txt deploy/locks/$$name.in -o deploy/locks/$$name.txt || exit 1; \
 	done

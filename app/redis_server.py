@@ -27,16 +27,9 @@ from app.credentials import TlsContexts, read_secret, redis_password, tls_failur
 from app.errors import ConfigurationError
 from app.settings import Redis, Tls
 
-CONNECT_TIMEOUT_S = 0.5
-ASK_TIMEOUT_S = 0.5
+CONNECT_SHARE = 0.5
+"""Of a call's time, for connecting, and for each of those that are asked for the primary."""
 UNKNOWN_ENDPOINT = b"?"
-
-# Nothing is ever repeated behind our back.
-_SHARED: Mapping[str, Any] = {
-    "protocol": 2,
-    "retry": Retry(NoBackoff(), 0),
-    "socket_connect_timeout": CONNECT_TIMEOUT_S,
-}
 
 Address = tuple[str, int]
 
@@ -82,6 +75,7 @@ class _Guides:
         self._ask = ask
         self._what = what
         self._options = options
+        self._timeout_s: float = options["socket_connect_timeout"]
 
     async def primary(self) -> Address:
         """Raises NotConnected; ConfigurationError when all answer, and none is what it should be."""
@@ -97,7 +91,7 @@ class _Guides:
     async def _told_by(self, node: Address) -> Word | Exception:
         connection = _Plain(host=node[0], port=node[1], **self._options)
         try:
-            async with asyncio.timeout(ASK_TIMEOUT_S):
+            async with asyncio.timeout(self._timeout_s):
                 await connection.connect()  # type: ignore[no-untyped-call]
                 return await self._ask(connection, node)
         except NoPermissionError:
@@ -191,7 +185,7 @@ class RedisServer:
         """Raises ConfigurationError for files that can't be used."""
         self._call_timeout_s = redis.call_timeout_s
         self._kind: type[AbstractConnection] = _ToPrimary
-        self._options = {**_SHARED, "username": redis.username} if redis.is_found else _options_of(redis.url)
+        self._options = {**_shared(redis), **({"username": redis.username} if redis.is_found else _parsed(redis.url))}
         if (password := redis_password(redis)) is not None:
             self._options["password"] = password
         if "path" in self._options:
@@ -199,7 +193,7 @@ class RedisServer:
         else:
             self._options["tls"] = TlsContexts().of(redis.tls or Tls()) if redis.is_tls else None
             self._options["guides"] = _guides_of(redis, self._options)
-        self.connect_timeout_s = redis.call_timeout_s + (ASK_TIMEOUT_S if redis.is_found else 0.0)
+        self.connect_timeout_s = redis.call_timeout_s * (1 + CONNECT_SHARE if redis.is_found else 1)
         """Longer than `connected` needs with a server that lives."""
 
     async def connected(self) -> Connection:
@@ -224,9 +218,15 @@ class RedisServer:
         return Client.from_pool(pool)
 
 
-def _options_of(url: str) -> dict[str, Any]:
-    """What redis-py is told of a url that the settings have let pass."""
-    options: dict[str, Any] = {**parse_url(url), **_SHARED}
+def _shared(redis: Redis) -> dict[str, Any]:
+    """Nothing is ever repeated behind our back."""
+    connect_timeout_s = redis.call_timeout_s * CONNECT_SHARE
+    return {"protocol": 2, "retry": Retry(NoBackoff(), 0), "socket_connect_timeout": connect_timeout_s}
+
+
+def _parsed(url: str) -> dict[str, Any]:
+    """What redis-py makes of a url that the settings have let pass."""
+    options = dict[str, Any](parse_url(url))
     options.pop("connection_class", None)
     return options
 
@@ -237,7 +237,10 @@ def _guides_of(redis: Redis, options: Mapping[str, Any]) -> _Guides | None:
         sentinel = redis.sentinel
         user = {"username": sentinel.username, "password": read_secret(sentinel.password_file, None) or None}
         return _Guides(
-            sentinel.nodes, _asking_sentinels(sentinel.master), "sentinel", {**_SHARED, **user, "tls": options["tls"]}
+            sentinel.nodes,
+            _asking_sentinels(sentinel.master),
+            "sentinel",
+            {**_shared(redis), **user, "tls": options["tls"]},
         )
     if redis.cluster:
         return _Guides(

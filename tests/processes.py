@@ -6,17 +6,19 @@ loop must not stand still calls them through `asyncio.to_thread`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -28,6 +30,14 @@ ROOT = Path(__file__).parent.parent
 KEPT_LINES = 500
 PATIENCE_S = 60.0
 """How long anything may take that surely comes: a machine may stand still for seconds, and only failures wait."""
+
+
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Of all processes of tests on this machine, only one is in here for the same `what`, a file name."""
+    with (Path(tempfile.gettempdir()) / f"sluice-tests-{what}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Process:

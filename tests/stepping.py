@@ -45,3 +45,32 @@ class _SteppingSelector(selectors.SelectSelector):
             raise StandsStill
         self._loop.now += max(0.0, timeout)
         return []
+
+
+class Line(asyncio.Transport):
+    """A connection to nobody: keeps what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
+        self.written = bytearray()
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert not self.closed
+        self.written += data
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def pause_reading(self) -> None:
+        """There is nothing to read."""
+
+    resume_reading = pause_reading

@@ -146,6 +146,7 @@ class RedisAdmission(QueuedAdmission):
         self._shared = SharedDesk(roster, self._due, limits.queue_limit + ARRIVALS_PER_CALL)
         super().__init__(limits, roster, self._shared)
         self._metrics = metrics
+        metrics.ledger_resyncs.labels("changed")
         self._log = log
         self._clock = clock
         self._renew_s = limits.lease_s / RENEWALS_PER_LEASE

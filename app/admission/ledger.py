@@ -1,9 +1,8 @@
 """The shared ledger: calls of the scripts over one held connection. Only here, and in the scripts, keys are known.
 
-Written through one `redis.asyncio.Connection` rather than a client: a call costs 46 us of CPU instead of 78, several go
-in one write, and none is ever repeated behind our back (redis-py's default re-sends a command for a minute). The
-connection has one user, the controller's task; a call that was cut short closes it, so that no answer can reach
-another caller.
+Written through one connection rather than a client: several calls go in one write, and none is ever repeated behind
+our back (redis-py's default re-sends a command for a minute). The connection has one user, the controller's task; see
+`wire` for what it costs, and for a call that was cut short.
 """
 
 from __future__ import annotations
@@ -17,13 +16,15 @@ from hashlib import sha1
 from importlib import resources
 from typing import Any, TypeVar
 
+import hiredis
 import msgspec
 from redis.asyncio import Connection
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from app.admission.fairness import Debt, Grant, Kind, Overview, Place, Rules, Standing
 from app.admission.quota import Claim, Metered, Reading, Settlement
 from app.admission.server_versions import doubt_about
+from app.admission.wire import Wire
 from app.errors import ConfigurationError
 from app.redis_server import RedisServer, shown
 from app.settings import Redis
@@ -269,7 +270,7 @@ class Ledger:
         self.prefix = f"{{{redis.prefix}}}:{scripts.layout}:"
         self._channel = f"{self.prefix}grants:{replica}".encode()
         self._server = RedisServer(redis)
-        self._connection: Connection | None = None
+        self._wire: Wire | None = None
         self._listener: Connection | None = None
         self._number = 0
         self._answered = -1
@@ -288,11 +289,11 @@ class Ledger:
         """Connect, check the server, load the scripts, subscribe. Raises LedgerGone, ConfigurationError."""
         await self.close()
         try:
-            self._connection = await _connected(self._server)
-            facts = _facts_of(await self._ask(b"INFO"))
+            self._wire = Wire(await _connected(self._server))
+            facts = _facts_of(await _info(self._wire, self._until()))
             self.doubt = _check_server(facts, self._redis)
             self.run_id = facts.get("run_id", "")
-            await self._load()
+            await self._load(self._until())
             self._listener = await _connected(self._server)
             async with _bounded(self._redis.call_timeout_s):
                 await self._listener.send_packed_command(_packed(b"SUBSCRIBE", self._channel), check_health=False)
@@ -303,22 +304,22 @@ class Ledger:
 
     async def close(self) -> None:
         """Drop both connections, without a word."""
-        for connection in (self._connection, self._listener):
-            if connection is not None:
-                with suppress(RedisError, OSError):
-                    await connection.disconnect(nowait=True)
-        self._connection = self._listener = None
+        if self._wire is not None:
+            self._wire.close()
+        if self._listener is not None:
+            with suppress(RedisError, OSError):
+                await self._listener.disconnect(nowait=True)
+        self._wire = self._listener = None
 
     async def exchange(self, calls: Sequence[Call]) -> list[Outcome]:
         """Send all calls in one write and read their outcomes. Raises LedgerGone; then nothing is known of any call."""
         outcomes: list[Outcome | None] = [None] * len(calls)
-        async with _bounded(self._redis.call_timeout_s):
-            due = list(range(len(calls)))
-            due = await self._send(calls, due, outcomes)
-            if due:
-                await self._load()
-                if await self._send(calls, due, outcomes):
-                    raise LedgerGone("the server forgets scripts as they are loaded")
+        until = self._until()
+        due = await self._send(calls, list(range(len(calls))), outcomes, until)
+        if due:
+            await self._load(until)
+            if await self._send(calls, due, outcomes, until):
+                raise LedgerGone("the server forgets scripts as they are loaded")
         return [outcome for outcome in outcomes if outcome is not None]
 
     async def grants(self) -> AsyncIterator[list[Grant]]:
@@ -333,25 +334,27 @@ class Ledger:
         except (RedisError, OSError) as error:
             raise LedgerGone(str(error)) from None
 
-    async def _send(self, calls: Sequence[Call], due: list[int], outcomes: list[Outcome | None]) -> list[int]:
+    async def _send(
+        self, calls: Sequence[Call], due: list[int], outcomes: list[Outcome | None], until: float
+    ) -> list[int]:
         """Send those that are due; those whose script the server does not know stay due."""
-        connection = self._held()
-        numbers, parts = [], []
+        numbers, commands = [], []
         for index in due:
             self._number += 1
             numbers.append(self._number)
-            parts.append(self._packed_call(calls[index]))
-        await connection.send_packed_command(parts, check_health=False)
+            commands.append(self._packed_call(calls[index]))
+        replies = await _asked(self._held(), commands, until)
         unknown = []
-        for index, number in zip(due, numbers, strict=True):
-            try:
-                reply = await connection.read_response(disable_decoding=True)
-            except NoScriptError:
-                unknown.append(index)
-            except OutOfMemoryError:
-                outcomes[index] = LedgerFull()
-            else:
-                outcomes[index] = self._outcome(calls[index], number, reply)
+        for index, number, reply in zip(due, numbers, replies, strict=True):
+            match _code_of(reply):
+                case None:
+                    outcomes[index] = self._outcome(calls[index], number, reply)
+                case "NOSCRIPT":
+                    unknown.append(index)
+                case "OOM":
+                    outcomes[index] = LedgerFull()
+                case code:
+                    raise LedgerGone(code)
         return unknown
 
     def _outcome(self, call: Call, number: int, packed: bytes) -> Answer | LedgerChanged:
@@ -379,27 +382,31 @@ class Ledger:
             call.payload,
         )
 
-    def _held(self) -> Connection:
-        if self._connection is None:
+    def _held(self) -> Wire:
+        if self._wire is None:
             raise LedgerGone("not connected")
-        return self._connection
+        return self._wire
 
-    async def _load(self) -> None:
-        for source in self._scripts.sources:
-            await self._ask(b"SCRIPT", b"LOAD", source)
+    def _until(self) -> float:
+        """When a server that has not answered by then is given up, on the event loop's clock."""
+        return asyncio.get_running_loop().time() + self._redis.call_timeout_s
 
-    async def _ask(self, *words: bytes) -> Any:
-        return await _asked(self._held(), self._redis.call_timeout_s, *words)
+    async def _load(self, until: float) -> None:
+        commands = [_packed(b"SCRIPT", b"LOAD", source) for source in self._scripts.sources]
+        for reply in await _asked(self._held(), commands, until):
+            if (code := _code_of(reply)) is not None:
+                raise LedgerGone(code)
 
 
 async def check(redis: Redis) -> None:
     """Raises ConfigurationError for a server that must not hold a ledger; one that is out of reach may come back."""
     with suppress(LedgerGone):
-        connection = await _connected(RedisServer(redis))
+        wire = Wire(await _connected(RedisServer(redis)))
         try:
-            _check_server(_facts_of(await _asked(connection, redis.call_timeout_s, b"INFO")), redis)
+            until = asyncio.get_running_loop().time() + redis.call_timeout_s
+            _check_server(_facts_of(await _info(wire, until)), redis)
         finally:
-            await connection.disconnect(nowait=True)
+            wire.close()
 
 
 async def _connected(server: RedisServer) -> Connection:
@@ -407,10 +414,25 @@ async def _connected(server: RedisServer) -> Connection:
         return await server.connected()
 
 
-async def _asked(connection: Connection, timeout_s: float, *words: bytes) -> Any:
-    async with _bounded(timeout_s):
-        await connection.send_packed_command(_packed(*words), check_health=False)
-        return await connection.read_response(disable_decoding=True)
+async def _asked(wire: Wire, commands: Sequence[bytes], until: float) -> list[Any]:
+    """The replies to `commands`. Raises LedgerGone."""
+    try:
+        return await wire.exchange(commands, until)
+    except OSError as error:
+        raise LedgerGone(shown(error)) from None
+
+
+async def _info(wire: Wire, until: float) -> bytes:
+    (reply,) = await _asked(wire, [_packed(b"INFO")], until)
+    if (code := _code_of(reply)) is not None:
+        raise LedgerGone(code)
+    info: bytes = reply
+    return info
+
+
+def _code_of(reply: Any) -> str | None:
+    """The first word of a server's error, of what is an error: the rest may quote what was sent."""
+    return str(reply).split(maxsplit=1)[0] if isinstance(reply, ResponseError) else None
 
 
 class _bounded:  # noqa: N801 - used as a statement
@@ -434,7 +456,8 @@ class _bounded:  # noqa: N801 - used as a statement
 
 def _packed(*words: bytes) -> bytes:
     """A command on the wire."""
-    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+    packed: bytes = hiredis.pack_command(words)  # type: ignore[arg-type]  # it is annotated for a single word
+    return packed
 
 
 def _facts_of(info: bytes) -> dict[str, str]:

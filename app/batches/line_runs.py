@@ -67,11 +67,10 @@ class Gate:
         return len(self._waiting)
 
     @asynccontextmanager
-    async def passed(self, *, is_first: bool = False) -> AsyncIterator[None]:
-        """Inside. Who `is_first` goes before all who wait: it has been inside before."""
+    async def passed(self) -> AsyncIterator[None]:
         if self._waiting or self.inside >= self._limit:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            (self._waiting.appendleft if is_first else self._waiting.append)(turn)
+            self._waiting.append(turn)
             try:
                 await turn
             except asyncio.CancelledError:
@@ -412,7 +411,7 @@ class RangeRun:
         attempts = preemptions = 0
         while True:
             await self._can_store.wait()
-            async with self._gate.passed(is_first=preemptions > 0):
+            async with self._gate.passed():
                 if not self._may_send(at):
                     return None
                 try:
@@ -420,7 +419,7 @@ class RangeRun:
                     return await self._runs.answer(self.batch, at, line, is_protected=is_protected)
                 except Preempted:
                     preemptions += 1
-                    continue
+                    continue  # behind all others: in front, the same ones were taken until they keep their slots
                 except GatewayError as error:
                     # What nobody worked on does not count: no worker, no slot, a limit of the tenant's.
                     if not isinstance(error, Unavailable) and error.status != 429:

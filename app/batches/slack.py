@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 PEAK_KEPT = 0.95
 """Of a peak, after each look: half of it is forgotten after some fourteen."""
-RESERVE = 0.1
+RESERVE = 0.05
 """Of what interactive requests leave over; but at least one slot, while there are any."""
 WAITING_LINES = 1
 """Lines that may wait for a slot, so that one that comes free is used at once."""

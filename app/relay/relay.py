@@ -15,7 +15,7 @@ from app.relay.attempt import Attempt, usage_of
 from app.relay.blame import Blame
 from app.relay.doubt import HeldStream, armed, disarmed, doubt_of, tokens_of
 from app.relay.refusal import AttemptFailed, Fault
-from app.relay.resumption import open_resumable
+from app.relay.resumption import Resume, open_resumable
 from app.relay.retry_budget import RetryBudget
 from app.relay.upstream import Upstream
 from app.settings import Relay as Limits
@@ -49,6 +49,10 @@ class Relay:
         self._registry = registry
         self._limits = limits
         self._metrics = metrics
+        for fault in Fault:  # each from 0: where a series begins with 1, nobody sees its first increase
+            metrics.retries.labels(fault)
+        for end in Resume:
+            metrics.resumes.labels(end)
         self._clock = clock
         self._upstreams: dict[str, Upstream] = {}
         self._budgets: dict[str, RetryBudget] = {}

@@ -314,12 +314,12 @@ class Account:
         cause = error or self._broken
         outcome, code = outcome_of(cause), code_of(cause)
         model, band = self._request.resolved_model, self._request.band
-        self._metrics.in_flight.dec()
         self._metrics.ended(model, self.variant, band, outcome, code, ended - self.timeline.arrived)
         usage = self._observe(self._series, ended, outcome) if self._series is not None else NOTHING_USED
         if self._aside is not None:
             usage = self._observe_aside(self._aside, usage)
         self._metrics.tenant_ended(self._request.tenant.name, outcome, usage)
+        self._metrics.in_flight.dec()  # last, for other processes may look meanwhile: what is not in flight is counted
         if cause is not None:
             self._refusals.note(Kind(outcome, code, model, self._request.tenant.name, band), ended)
         if self._log.wants(outcome):

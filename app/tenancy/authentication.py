@@ -83,6 +83,8 @@ class KeyIdentification:
         self._pepper = pepper
         self._failures = failures
         self._metrics = metrics
+        for failure in Failure:
+            metrics.auth_failures.labels(failure)
         self._clock = clock
         self._wall = wall
 

@@ -17,12 +17,19 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from grafana_foundation_sdk.builders import common, stat, timeseries
-from grafana_foundation_sdk.builders.dashboard import Dashboard, DatasourceVariable, QueryVariable, Row
+from grafana_foundation_sdk.builders.dashboard import (
+    Dashboard,
+    DatasourceVariable,
+    QueryVariable,
+    Row,
+    ThresholdsConfig,
+)
 from grafana_foundation_sdk.builders.prometheus import Dataquery
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import (
     BigValueColorMode,
     GraphDrawStyle,
+    GraphTresholdsStyleMode,
     LegendDisplayMode,
     LegendPlacement,
     SortOrder,
@@ -32,6 +39,8 @@ from grafana_foundation_sdk.models.common import (
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DataSourceRef,
+    Threshold,
+    ThresholdsMode,
     VariableRefresh,
 )
 
@@ -39,7 +48,8 @@ HERE = Path(__file__).parent
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 WHERE = 'model=~"$model", variant=~"$variant"'
 RATE = "[$__rate_interval]"
-OBJECTIVE_S = "5.0"  # as in deploy/prometheus/rules.yml
+OBJECTIVE_S, OBJECTIVE_MISSED = "5.0", 0.01  # as in deploy/prometheus/rules.yml
+INTERACTIVE = WHERE + ', band!="batch"'
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Graph:
-    """Series over time; `width` of Grafana's 24 columns."""
+    """Series over time; `width` of Grafana's 24 columns. `quiet` says what it means that there are none, and from
+    `bound` on it is worth a look."""
 
     title: str
     unit: str
@@ -60,6 +71,8 @@ class Graph:
     about: str = ""
     width: int = 12
     is_stacked: bool = False
+    quiet: str = "no traffic"
+    bound: float | None = None
 
     def build(self) -> timeseries.Panel:
         panel = (
@@ -67,6 +80,7 @@ class Graph:
             .title(self.title)
             .description(self.about)
             .unit(self.unit)
+            .no_value(self.quiet)
             .min(0)
             .datasource(SOURCE)
             .span(self.width)
@@ -84,6 +98,9 @@ class Graph:
         )
         if self.is_stacked:
             panel = panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL))
+        if self.bound is not None:
+            style = common.GraphThresholdsStyleConfig().mode(GraphTresholdsStyleMode.DASHED)
+            panel = panel.thresholds(_thresholds(self.bound)).thresholds_style(style)
         for ref_id, line in zip(ascii_uppercase, self.lines, strict=False):
             panel = panel.with_target(_query(line).ref_id(ref_id))
         return panel
@@ -91,15 +108,16 @@ class Graph:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number, now."""
+    """One number, now; from `bound` on it is red."""
 
     title: str
     unit: str
     expr: str
     about: str = ""
+    bound: float | None = None
 
     def build(self) -> stat.Panel:
-        return (
+        panel = (
             stat.Panel()
             .title(self.title)
             .description(self.about)
@@ -109,8 +127,18 @@ class Figure:
             .span(4)
             .height(4)
             .color_mode(BigValueColorMode.NONE)
+            # The latest that is a number: a quantile of nothing is none.
+            .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
             .with_target(_query(Line(self.expr, self.title)).ref_id("A"))
         )
+        if self.bound is not None:
+            panel = panel.color_mode(BigValueColorMode.VALUE).thresholds(_thresholds(self.bound))
+        return panel
+
+
+def _thresholds(bound: float) -> ThresholdsConfig:
+    steps = [Threshold(value=None, color="green"), Threshold(value=bound, color="red")]
+    return ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 
 
 def _query(line: Line) -> Dataquery:
@@ -122,12 +150,17 @@ def quantile(share: float, metric: str, by: str = "", where: str = WHERE) -> str
     return f"histogram_quantile({share}, sum by ({grouping}) (rate({metric}_bucket{{{where}}}{RATE})))"
 
 
-def mean(metric: str, where: str = WHERE) -> str:
+def mean(metric: str, where: str) -> str:
     return f"sum(rate({metric}_sum{{{where}}}{RATE})) / sum(rate({metric}_count{{{where}}}{RATE}))"
 
 
 def quantiles(metric: str) -> list[Line]:
     return [Line(quantile(share, metric), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)]
+
+
+def events(metric: str, by: str) -> str:
+    """What is rare, a minute: 1 in the window is more than none, and what does not happen is not listed."""
+    return f"60 * sum by ({by}) (rate({metric}{RATE})) > 0"
 
 
 def rate(metric: str, by: str, where: str = WHERE) -> str:
@@ -145,20 +178,28 @@ SERVICE: dict[str, Sequence[Graph | Figure]] = {
             "percentunit",
             "sluice:time_to_first_token_missed:ratio_rate_5m",
             f"Share of interactive requests without a first token within {OBJECTIVE_S} s; the objective allows 1 %.",
+            bound=OBJECTIVE_MISSED,
         ),
-        Figure("Failed", "percentunit", "sluice:requests_failed:ratio_rate_5m", "Of all that nobody cancelled."),
+        Figure("Failed", "percentunit", "sluice:requests_failed:ratio_rate_5m", "Of all that nobody cancelled.", 0.01),
     ],
     "First token": [
-        Graph("Time to first token", "s", quantiles("sluice_time_to_first_token_seconds"), "Arrival to first token."),
         Graph(
-            "Where the first token waits",
+            "Time to first token",
+            "s",
+            quantiles("sluice_time_to_first_token_seconds"),
+            "Arrival to first token; the dashed line is the objective.",
+            bound=float(OBJECTIVE_S),
+        ),
+        Graph(
+            "Where the first byte waits",
             "s",
             [
-                Line(mean("sluice_queue_wait_seconds"), "queue: for a slot"),
-                Line(mean("sluice_upstream_first_byte_seconds"), "worker: to its first byte"),
-                Line(mean("sluice_gateway_overhead_seconds"), "gateway itself"),
+                Line(mean("sluice_queue_wait_seconds", INTERACTIVE), "queue: for a slot"),
+                Line(mean("sluice_upstream_first_byte_seconds", INTERACTIVE), "worker: to its first byte"),
+                Line(mean("sluice_gateway_overhead_seconds", INTERACTIVE), "gateway itself"),
             ],
-            "Means of the three parts, which add up.",
+            "Means of three parts, which add up; without batches. The first byte of an answer that does not stream comes"
+            " with its last.",
             is_stacked=True,
         ),
         Graph("Inter-token latency", "s", quantiles("sluice_inter_token_latency_seconds")),
@@ -196,6 +237,7 @@ SERVICE: dict[str, Sequence[Graph | Figure]] = {
             "reqps",
             [Line(f'sum by (code) (rate(sluice_requests_total{{code!=""}}{RATE}))', "{{code}}")],
             "By the code that the client was told.",
+            quiet="every request completed",
         ),
         Graph("Requests in flight", "short", [Line("sum(sluice_requests_in_flight)", "in flight")]),
         Graph("Whole answer", "s", quantiles("sluice_request_duration_seconds"), "Arrival to the answer's end."),
@@ -220,7 +262,7 @@ QUEUE: dict[str, Sequence[Graph | Figure]] = {
     ],
     "Who gets what": [
         Graph(
-            "Tokens a second, by band",
+            "Generated tokens a second, by band",
             "short",
             [Line(rate("sluice_generation_tokens_total", "band"), "{{band}}")],
             is_stacked=True,
@@ -234,13 +276,27 @@ QUEUE: dict[str, Sequence[Graph | Figure]] = {
             "Tokens a second, by tenant",
             "short",
             [Line(f"sum by (tenant) (rate(sluice_tenant_tokens_total{RATE}))", "{{tenant}}")],
-            "Under pressure these are in proportion to the tenants' weights.",
+            "Of prompts and answers. Under pressure they are in proportion to the tenants' weights.",
+            width=8,
             is_stacked=True,
         ),
         Graph(
-            "Requests, by tenant and end",
+            "Completed requests, by tenant",
             "reqps",
-            [Line(f"sum by (tenant, outcome) (rate(sluice_tenant_requests_total{RATE}))", "{{tenant}} {{outcome}}")],
+            [Line(f'sum by (tenant) (rate(sluice_tenant_requests_total{{outcome="completed"}}{RATE}))', "{{tenant}}")],
+            width=8,
+        ),
+        Graph(
+            "Requests that did not complete, by tenant",
+            "reqps",
+            [
+                Line(
+                    f'sum by (tenant, outcome) (rate(sluice_tenant_requests_total{{outcome!="completed"}}{RATE})) > 0',
+                    "{{tenant}}: {{outcome}}",
+                )
+            ],
+            width=8,
+            quiet="every request completed",
         ),
     ],
     "Who is refused, and why": [
@@ -248,11 +304,27 @@ QUEUE: dict[str, Sequence[Graph | Figure]] = {
             "Refused by a limit",
             "reqps",
             [Line(f"sum by (limit) (rate(sluice_limit_rejections_total{RATE}))", "{{limit}}")],
+            "`hopeless`: it could not have been served in time.",
+            width=8,
+            quiet="no limit refused anybody",
         ),
         Graph(
             "Refused or expired, by code",
             "reqps",
             [Line(f'sum by (code) (rate(sluice_requests_total{{outcome=~"rejected|expired"}}{RATE}))', "{{code}}")],
+            width=8,
+            quiet="nobody was refused",
+        ),
+        Graph(
+            "Turned away at the door, a minute",
+            "cpm",
+            [
+                Line(events("sluice_auth_failures_total", "reason"), "key: {{reason}}"),
+                Line(events("sluice_malformed_requests_total", "code"), "not HTTP: {{code}}"),
+            ],
+            "Without a key that is known, or what is no request; they are in no other panel.",
+            width=8,
+            quiet="nobody was turned away",
         ),
     ],
     "The shared ledger": [
@@ -261,16 +333,16 @@ QUEUE: dict[str, Sequence[Graph | Figure]] = {
             "short",
             [Line("sum(sluice_admission_degraded)", "processes")],
             "Above 0: order and limits hold inside a process only.",
+            bound=1,
         ),
         Graph(
-            "Ledger told anew, leases lost",
-            "short",
+            "Ledger told anew, leases lost, a minute",
+            "cpm",
             [
-                Line(
-                    "sum by (reason) (increase(sluice_ledger_resyncs_total[$__rate_interval]))", "told anew: {{reason}}"
-                ),
-                Line(f"sum(increase(sluice_leases_fenced_total{RATE}))", "leases lost"),
+                Line(events("sluice_ledger_resyncs_total", "reason"), "told anew: {{reason}}"),
+                Line(f"60 * sum(rate(sluice_leases_fenced_total{RATE})) > 0", "leases lost"),
             ],
+            quiet="the ledger is as it was",
         ),
     ],
 }
@@ -300,8 +372,16 @@ WORKERS: dict[str, Sequence[Graph | Figure]] = {
                 Line("sum by (worker) (vllm:num_requests_waiting)", "{{worker}} waiting"),
             ],
             "Waiting inside vLLM stays near zero: who waits, waits in the gateway's queue, in its order.",
+            quiet="no worker is scraped",
         ),
-        Graph("KV cache in use", "percentunit", [Line("max by (worker) (vllm:kv_cache_usage_perc)", "{{worker}}")]),
+        Graph(
+            "KV cache in use",
+            "percentunit",
+            [Line("max by (worker) (vllm:kv_cache_usage_perc)", "{{worker}}")],
+            "Near the line vLLM begins to preempt.",
+            quiet="no worker is scraped",
+            bound=0.95,
+        ),
         Graph(
             "Prefix cache hits",
             "percentunit",
@@ -315,12 +395,13 @@ WORKERS: dict[str, Sequence[Graph | Figure]] = {
             "Share of prompt tokens that were in the cache.",
         ),
         Graph(
-            "Second attempts and resumed streams",
-            "short",
+            "Second attempts and resumed streams, a minute",
+            "cpm",
             [
-                Line(f"sum by (reason) (increase(sluice_retries_total{RATE}))", "again: {{reason}}"),
-                Line(f"sum by (outcome) (increase(sluice_resumes_total{RATE}))", "resume: {{outcome}}"),
+                Line(events("sluice_retries_total", "reason"), "again: {{reason}}"),
+                Line(events("sluice_resumes_total", "outcome"), "resume: {{outcome}}"),
             ],
+            quiet="no attempt failed",
         ),
     ],
     "Variants, side by side": [
@@ -342,7 +423,20 @@ WORKERS: dict[str, Sequence[Graph | Figure]] = {
         Graph(
             "Requests, by variant",
             "reqps",
-            [Line(rate("sluice_requests_total", "model, variant"), "{{model}}:{{variant}}")],
+            [Line(rate("sluice_requests_total", "model, variant", WHERE + ', variant!=""'), "{{model}}:{{variant}}")],
+            "Who was refused before a variant was chosen is not here.",
+        ),
+        Graph(
+            "Why a variant served",
+            "reqps",
+            [
+                Line(
+                    f"sum by (model, variant, reason) (rate(sluice_variant_choices_total{{{WHERE}}}{RATE}))",
+                    "{{model}}:{{variant}} {{reason}}",
+                )
+            ],
+            "As `x-sluice-variant-reason` tells the client.",
+            width=24,
         ),
     ],
 }
@@ -354,6 +448,7 @@ BATCHES: dict[str, Sequence[Graph | Figure]] = {
             "short",
             [Line("max by (state) (sluice_batch_lines)", "{{state}}")],
             is_stacked=True,
+            quiet="no batch is unfinished",
         ),
         Graph(
             "Lines in flight",
@@ -369,11 +464,22 @@ BATCHES: dict[str, Sequence[Graph | Figure]] = {
             "short",
             [Line(f"sum by (outcome) (rate(sluice_batch_lines_ended_total{RATE}))", "{{outcome}}")],
             is_stacked=True,
+            quiet="no batch yet",
+        ),
+        Graph(
+            "Lines taken off their workers",
+            "short",
+            [
+                Line(f"sum(rate(sluice_batch_preemptions_total{RATE}))", "lines a second"),
+                Line(f"sum(rate(sluice_batch_preempted_tokens_total{RATE}))", "tokens a second in vain, estimated"),
+            ],
+            "For interactive requests that would have waited for their slots; they are run again.",
+            quiet="no line had to give way",
         ),
         Graph(
             "What interactive streams notice: TTFT p95",
             "s",
-            [Line(quantile(0.95, "sluice_time_to_first_token_seconds", "band"), "{{band}}")],
+            [Line(quantile(0.95, "sluice_time_to_first_token_seconds", "band", INTERACTIVE), "{{band}}")],
         ),
     ],
 }

@@ -18,21 +18,28 @@ from app.settings import load_settings
 from tests.processes import ROOT
 
 PROGRAMS = Path(sys.executable).parent
-PROFILES = {"cpu": [], "gpu": ["--profile", "gpu"]}
+PROFILES = {"cpu": [], "gpu": ["--profile", "gpu"], "traces": ["--profile", "traces"]}
+WORKERS = {"cpu": "cpu", "gpu": "gpu", "traces": "cpu"}
+"""What SLUICE_WORKERS is with each profile."""
+UNASKED = {"otel-collector"}
+"""Servers whose image holds nothing that could ask how they are."""
 ONCE = {"secrets", "recipes"}
 """Services that make something and end."""
 PUBLIC = {("gateway", 8000)}
+ENDPOINT = "SLUICE_TRACING__ENDPOINT"
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|KEY|TOKEN")
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 Services = dict[str, dict[str, Any]]
 
 
-def composed(workers: str, **variables: str) -> dict[str, Any]:
+def composed(profile: str, **variables: str) -> dict[str, Any]:
     """The whole configuration, every variable filled in."""
-    environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "SLUICE_WORKERS": workers, **variables}
-    command = [str(PROGRAMS / "docker-compose"), *PROFILES[workers], "config", "--format", "json"]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "SLUICE_WORKERS": WORKERS[profile]}
+    command = [str(PROGRAMS / "docker-compose"), *PROFILES[profile], "config", "--format", "json"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**environ, **variables}, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     found: dict[str, Any] = json.loads(done.stdout)
@@ -40,19 +47,20 @@ def composed(workers: str, **variables: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=PROFILES)
-def workers(request: pytest.FixtureRequest) -> str:
+def profile(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def services(workers: str) -> Services:
-    found: Services = composed(workers)["services"]
+def services(profile: str) -> Services:
+    found: Services = composed(profile)["services"]
     return found
 
 
-def test_each_profile_has_its_workers(services: Services, workers: str) -> None:
+def test_each_profile_has_its_services(services: Services, profile: str) -> None:
     always = {*ONCE, "gateway", "worker", "valkey", "valkey-exporter", "prometheus", "grafana"}
-    assert set(services) == (always | {"worker-quantized", "worker-moe"} if workers == "gpu" else always)
+    added = {"cpu": set(), "gpu": {"worker-quantized", "worker-moe"}, "traces": {"otel-collector", "jaeger"}}
+    assert set(services) == always | added[profile]
 
 
 def test_every_image_says_which(services: Services) -> None:
@@ -104,6 +112,7 @@ def test_every_server_has_a_health_check(services: Services) -> None:
             assert service["restart"] == "no"
             continue
         assert service["restart"] == "unless-stopped", name
+        assert bool(service.get("healthcheck", {}).get("disable")) == (name in UNASKED), name
         if "healthcheck" not in service:
             stage = DOCKERFILE.partition(f" AS {service['build']['target']}\n")[2].partition("\nFROM ")[0]
             assert "HEALTHCHECK" in stage, name
@@ -128,11 +137,11 @@ def test_only_clients_are_let_in(services: Services) -> None:
         for port in service.get("ports", [])
     }
     assert {which for which, address in published.items() if address != "127.0.0.1"} == PUBLIC
-    assert {name for name, _ in published} == {"gateway", "prometheus", "grafana"}
+    assert {name for name, _ in published} - {"jaeger"} == {"gateway", "prometheus", "grafana"}
 
 
-def test_networks_hold_only_those_who_talk(workers: str) -> None:
-    found = composed(workers)
+def test_networks_hold_only_those_who_talk(profile: str) -> None:
+    found = composed(profile)
     members = {
         network: {name for name, service in found["services"].items() if network in service.get("networks", {})}
         for network in found["networks"]
@@ -152,8 +161,8 @@ def test_what_is_mounted_exists_and_is_read_only(services: Services) -> None:
                 assert Path(volume["source"]).exists(), volume["source"]
 
 
-def test_state_is_kept_and_secrets_are_files(workers: str) -> None:
-    found = composed(workers)
+def test_state_is_kept_and_secrets_are_files(profile: str) -> None:
+    found = composed(profile)
     kept = {
         (name, volume["source"])
         for name, service in found["services"].items()
@@ -176,15 +185,15 @@ def test_who_sees_which_secret(services: Services) -> None:
             assert mounted <= {f"{part}-secrets"}, name
 
 
-def test_gateway_and_prometheus_know_the_same_workers(services: Services, workers: str) -> None:
-    settings = load_settings(ROOT / f"deploy/compose/gateway-{workers}.yaml")
+def test_gateway_and_prometheus_know_the_same_workers(services: Services, profile: str) -> None:
+    settings = load_settings(ROOT / f"deploy/compose/gateway-{WORKERS[profile]}.yaml")
     named = {
         urlsplit(worker.url).netloc
         for model in settings.models
         for variant in model.variants
         for worker in variant.workers
     }
-    (group,) = yaml.safe_load((ROOT / f"deploy/prometheus/targets/{workers}.yml").read_text(encoding="utf-8"))
+    (group,) = yaml.safe_load((ROOT / f"deploy/prometheus/targets/{WORKERS[profile]}.yml").read_text(encoding="utf-8"))
     assert named == set(group["targets"])
     assert {name.partition(":")[0] for name in named} <= set(services)
     served = {
@@ -194,8 +203,39 @@ def test_gateway_and_prometheus_know_the_same_workers(services: Services, worker
     assert served == {name for command in commands for name in command if name in served}
 
 
-def test_a_gateway_has_the_time_to_drain(services: Services, workers: str) -> None:
-    settings = load_settings(ROOT / f"deploy/compose/gateway-{workers}.yaml")
+def test_spans_find_their_way() -> None:
+    """Each address is a service, on a network that both are on, and a port that is listened on."""
+    collector = yaml.safe_load((ROOT / "deploy/compose/otel-collector.yaml").read_text(encoding="utf-8"))
+    pipeline = collector["service"]["pipelines"]["traces"]
+    for kind, names in pipeline.items():
+        assert set(names) == set(collector[kind]), kind
+    assert pipeline["processors"][0] == "memory_limiter"
+    services = composed("traces")["services"]
+    limit = int(services["otel-collector"]["deploy"]["resources"]["limits"]["memory"])
+    assert collector["processors"]["memory_limiter"]["limit_mib"] * 2**20 < limit
+    listening = collector["receivers"]["otlp"]["protocols"]["http"]["endpoint"].partition(":")[2]
+    readme = (ROOT / "deploy/README.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"SLUICE_TRACING__ENDPOINT=(\S+)", readme)
+    for begin, url, port in (
+        ("gateway", said, listening),
+        ("otel-collector", collector["exporters"]["otlp_http/jaeger"]["endpoint"], "4318"),
+    ):
+        address = urlsplit(url)
+        assert set(services[begin]["networks"]) & set(services[address.hostname or ""]["networks"]), url
+        assert address.port == int(port), url
+
+
+def test_there_are_no_traces_unless_somebody_says_where_to() -> None:
+    def endpoint(**variables: str) -> str | None:
+        found: str | None = composed("cpu", **variables)["services"]["gateway"]["environment"][ENDPOINT]
+        return found
+
+    assert endpoint() is None
+    assert endpoint(**{ENDPOINT: "http://elsewhere:4318/v1/traces"}) == "http://elsewhere:4318/v1/traces"
+
+
+def test_a_gateway_has_the_time_to_drain(services: Services, profile: str) -> None:
+    settings = load_settings(ROOT / f"deploy/compose/gateway-{WORKERS[profile]}.yaml")
     grace_s = int(re.fullmatch(r"(\d+)s", services["gateway"]["stop_grace_period"])[1])  # type: ignore[index]
     assert grace_s >= settings.drain_timeout_s + 5
     assert settings.is_guarded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright
 
+from tests import debian
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.running import GatewayProcess, issue_keys, model
 
 PACKAGE = "chromium"
-INSTALL_S = 400
 PATIENCE_MS = 30_000
 """Only failures wait for it."""
 COMPLAINTS = ("Content Security Policy", "TrustedHTML", "Uncaught")
@@ -27,32 +26,28 @@ COMPLAINTS = ("Content Security Policy", "TrustedHTML", "Uncaught")
 @pytest.fixture(scope="session")
 def chromium() -> Path:
     """Where Chromium is: on the machine, or installed now. Skips where neither can be."""
-    found = shutil.which(PACKAGE) or shutil.which("chromium-browser")
+    found = _found()
     if found is None:
-        _install()
-        found = shutil.which(PACKAGE)
+        if os.geteuid() != 0:
+            pytest.skip("Chromium is not here, and only root can install it")
+        try:
+            debian.fetch(PACKAGE, _install)
+        except debian.Unavailable as error:
+            pytest.skip(str(error))
+        found = _found()
     if found is None:
         pytest.skip("Debian's package of Chromium was installed, and has no program")
     return Path(found)
 
 
+def _found() -> str | None:
+    return shutil.which(PACKAGE) or shutil.which("chromium-browser")
+
+
 def _install() -> None:
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        pytest.skip("Chromium is not here, and can be installed by root with apt-get only")
-    install = ["apt-get", "install", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", PACKAGE]
-    try:
-        _run(*install)
-    except subprocess.SubprocessError:
-        try:
-            _run("apt-get", "update")  # a fresh machine has no package lists
-            _run(*install)
-        except subprocess.SubprocessError as error:
-            pytest.skip(f"Debian's package of Chromium cannot be had: {error}")
-
-
-def _run(*command: str) -> None:
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(command, check=True, capture_output=True, timeout=INSTALL_S, env=environment)
+    if _found() is None:  # another process may have been faster
+        options = ["--no-install-recommends", "-o", f"DPkg::Lock::Timeout={debian.FETCH_S // 2}"]
+        debian.run("apt-get", "install", "-y", *options, PACKAGE)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -114,6 +109,7 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
             admin_key=keys["operators"],
             auth={"enabled": True, "key_files": [str(directory / "keys")]},
             batches={"directory": str(directory / "batches")},
+            admission={"queue_timeout_s": 300},
         )
         async with gateway:
             await gateway.ready(worker, narrow)

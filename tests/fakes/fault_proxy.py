@@ -13,6 +13,12 @@ from typing import Self
 CHUNK = 64 * 1024
 
 
+async def _turns() -> None:
+    """Let the event loop do what is due already."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
 class FaultProxy:
     """Listens on a free port of 127.0.0.1 and carries bytes to `port` there, as its faults allow.
 
@@ -43,9 +49,11 @@ class FaultProxy:
     ) -> None:
         assert self._server is not None
         self._server.close()
+        await _turns()  # who was accepted last has a task by then
         for task in [*self._tasks]:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _turns()  # transports take one to close
 
     @property
     def url(self) -> str:
@@ -92,11 +100,11 @@ class FaultProxy:
         try:
             await asyncio.wait([there, back], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._writers -= {writer, upstream}
+            upstream.transport.abort()
             there.cancel()
             back.cancel()
             await asyncio.gather(there, back, return_exceptions=True)
-            self._writers -= {writer, upstream}
-            upstream.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_reply: bool) -> None:
         while data := await reader.read(CHUNK):

@@ -32,7 +32,7 @@ async def gateway_on(*workers: FakeWorker) -> AsyncIterator[Runtime]:
     async with open_runtime(configured) as runtime:
         ready = asyncio.Event()
         runtime.registry.listen(lambda _: ready.set() if all(w.is_ready for w in runtime.registry) else None)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await ready.wait()
         yield runtime
 

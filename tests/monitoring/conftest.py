@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests import debian
+
 PACKAGE = "prometheus"
-DOWNLOAD_S = 120
 
 
 @dataclass(frozen=True)
@@ -22,38 +21,34 @@ class Binaries:
 
 
 @pytest.fixture(scope="session")
-def binaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Binaries]:
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> Binaries:
+    try:
+        return find_binaries(tmp_path_factory.mktemp("deb"))
+    except debian.Unavailable as error:
+        pytest.skip(str(error))
+
+
+def find_binaries(directory: Path) -> Binaries:
+    """The machine's, or Debian's, kept; downloads go to `directory`. Raises debian.Unavailable."""
     found = [shutil.which(name) for name in ("prometheus", "promtool")]
     if all(found):
-        yield Binaries(*(Path(path) for path in found if path))
-        return
+        return Binaries(*(Path(path) for path in found if path))
     home = Path(os.environ.get("SLUICE_HOME") or Path.home() / ".local/share/sluice")
     unpacked = home / "tools" / PACKAGE
     if not (unpacked / "usr/bin/promtool").exists():
-        _unpack(tmp_path_factory.mktemp("deb"), unpacked)
-    yield Binaries(unpacked / "usr/bin/prometheus", unpacked / "usr/bin/promtool")
+        debian.fetch(PACKAGE, lambda: _unpack(directory, unpacked))
+    return Binaries(unpacked / "usr/bin/prometheus", unpacked / "usr/bin/promtool")
 
 
 def _unpack(directory: Path, target: Path) -> None:
     """Debian's package without installing it: its two programs need nothing but libc."""
-    if shutil.which("apt-get") is None:
-        pytest.skip("neither Prometheus nor apt-get is here")
-    try:
-        _run("apt-get", "download", PACKAGE, directory=directory)
-    except subprocess.CalledProcessError:
-        try:
-            _run("apt-get", "update", directory=directory)  # a fresh machine has no package lists; this needs root
-            _run("apt-get", "download", PACKAGE, directory=directory)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"Debian's package of Prometheus cannot be had: {error.stderr.decode()[-200:]}")
+    if (target / "usr/bin/promtool").exists():  # another process was faster
+        return
+    debian.run("apt-get", "download", PACKAGE, directory=directory)
     (package,) = directory.glob("*.deb")
     staging = target.with_name(f"{target.name}.{os.getpid()}")
-    _run("dpkg-deb", "-x", str(package), str(staging), directory=directory)
+    debian.run("dpkg-deb", "-x", str(package), str(staging))
     try:
         staging.rename(target)
-    except OSError:  # another process was faster
+    except OSError:  # and so was one that takes its turns elsewhere
         shutil.rmtree(staging)
-
-
-def _run(*command: str, directory: Path) -> None:
-    subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=DOWNLOAD_S)

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from tests.monitoring.conftest import Binaries
+from tests.monitoring.panels import dashboards
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "prometheus"
 
@@ -56,3 +57,9 @@ def test_the_dashboards_are_what_their_code_says() -> None:
     builder = DEPLOYED.parent / "grafana/build.py"
     done = subprocess.run([sys.executable, builder, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_panel_says_what_it_means_to_be_empty() -> None:
+    panels = [panel for _, panels in dashboards().values() for panel in panels if panel.targets]
+    assert panels
+    assert [panel.title for panel in panels if not panel.quiet] == []

@@ -37,5 +37,5 @@ export function share(value) {
 }
 
 export function words(...parts) {
-  return parts.filter(Boolean).join(" · ");
+  return parts.filter(Boolean).join("\u00a0· ");
 }

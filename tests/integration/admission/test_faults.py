@@ -407,13 +407,8 @@ async def test_no_grant_reaches_another_through_cancelled_waits(
         assert Dump(valkey.url).depth == {}
 
 
-async def test_a_server_that_accepts_and_is_silent_is_lost_after_the_configured_time() -> None:
-    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
-        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
-        ledger = Ledger(settings.Redis(url=url, call_timeout_s=0.25), "r", SHARED, Scripts())
-        with pytest.raises(LedgerGone, match=r"no answer within 0.25 s"):
-            await ledger.open()
+async def test_a_server_that_accepts_and_is_silent_is_lost_after_the_configured_time(proxy: FaultProxy) -> None:
+    proxy.fall_silent()
+    ledger = Ledger(settings.Redis(url=proxy.url, call_timeout_s=0.25), "r", SHARED, Scripts())
+    with pytest.raises(LedgerGone, match=r"no answer within 0.25 s"):
+        await ledger.open()

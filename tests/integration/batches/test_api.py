@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
+from openai.types import Batch
 
 from tests.fakes.worker import FakeWorker
 from tests.integration.batches.house import CHAT, FAST, Client, check_whole, jsonl, line, lines, seen_by
@@ -52,6 +53,7 @@ async def _house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hous
                 [model("m", worker), model("embed", embed)],
                 batches={"directory": str(kept), **LIMITS, **FAST},
                 admission={"trust_tenant_header": True},
+                tenants=[{"name": "embedder", "models": ["embed"]}],
             )
         )
         await gateway.ready(worker, embed)
@@ -177,6 +179,57 @@ async def test_bad_input_fails_whole_and_names_the_line(
     assert [(fault.code, fault.line) for fault in done.errors.data] == [(code, number)]
     assert house.worker.counts.seen == before
     assert done.output_file_id is None
+
+
+@pytest.mark.parametrize("name", ["m", "m:v"])
+async def test_a_model_of_others_is_none_at_all(house: House, name: str) -> None:
+    """In the same words as for a model that nobody has: which exist is not this tenant's to know."""
+    before = house.worker.counts.seen
+    async with house.tenant("embedder") as client:
+        foreign = await client.run(jsonl(lines(3, model=name)))
+        unknown = await client.run(jsonl(lines(3, model="none")))
+        mixed = await client.run(jsonl([line("a", model="embed"), line("b", model=name)]))
+    for done in (foreign, unknown, mixed):
+        assert (done.status, done.output_file_id, done.error_file_id) == ("failed", None, None)
+    assert told(foreign) == told(unknown)
+    assert told(foreign) == [
+        ("model_not_found", "The model does not exist or you do not have access to it.", "body.model", 1)
+    ]
+    assert [fault[0] for fault in told(mixed)] == ["mismatched_model"]
+    assert house.worker.counts.seen == before
+
+
+async def test_a_model_that_is_taken_from_a_tenant_costs_the_lines_to_come(tmp_path: Path) -> None:
+    requests = lines(4, x_fault="hang_before")
+    async with FakeWorker("m") as worker:
+        gateway = GatewayProcess(
+            tmp_path,
+            [model("m", worker, max_concurrency=1)],
+            batches={"directory": str(tmp_path / "kept"), **FAST},
+            admission={"trust_tenant_header": True},
+        )
+        async with gateway, Client(gateway, "someone") as client:
+            await gateway.ready(worker)
+            batch = await client.create(jsonl(requests))
+            await worker.wait_for(open=1)
+            gateway.configure(tenants=[{"name": "someone", "models": ["other"]}])
+            assert (await gateway.http.post("/admin/reload")).status_code == 200
+            worker.heal(for_good=True)
+            done = await client.follow(batch)
+            output, errors = await client.records(done.output_file_id), await client.records(done.error_file_id)
+    assert done.status == "completed"
+    check_whole(requests, output, errors)
+    assert len(output) == 1
+    for record in errors:
+        response = record["response"]
+        error = response["body"]["error"]
+        assert (response["status_code"], error["code"], error["param"]) == (404, "model_not_found", "model")
+        assert error["type"] == "invalid_request_error"
+
+
+def told(batch: Batch) -> list[tuple[str | None, str | None, str | None, int | None]]:
+    assert batch.errors is not None
+    return [(fault.code, fault.message, fault.param, fault.line) for fault in batch.errors.data or []]
 
 
 async def test_every_bad_line_is_named(house: House) -> None:

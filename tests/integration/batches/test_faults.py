@@ -44,10 +44,19 @@ class Fleet:
 
         await until(do, "lines in flight on both gateways")
 
+    async def resting_on_both(self) -> None:
+        """Wait until neither has a line left: they have stopped sending, though there is more to send."""
+
+        async def do() -> bool:
+            counts = [(await gateway.scrape()).sum("sluice_batch_lines_in_flight") for gateway in self.gateways]
+            return not any(counts) and not self.worker.counts.open
+
+        await until(do, "no line in flight on either gateway", 40)
+
 
 def config(kept: Path, **more: Any) -> dict[str, Any]:
     limits = {"directory": str(kept), "range_lines": 10, **FAST, **more.pop("batches", {})}
-    return {"batches": limits, "admission": {"lease_s": LEASE_S}, **more}
+    return {"batches": limits, "admission": {"lease_s": LEASE_S, "replicas": more.pop("replicas", 1)}, **more}
 
 
 @pytest.fixture
@@ -61,7 +70,9 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
         for name in ("one", "two"):
             place = tmp_path / name
             place.mkdir()
-            gateway = GatewayProcess(place, [model("m", worker, max_concurrency=8)], redis=redis, **config(kept))
+            gateway = GatewayProcess(
+                place, [model("m", worker, max_concurrency=8)], redis=redis, **config(kept, replicas=2)
+            )
             gateways.append(await stack.enter_async_context(gateway))
             await gateway.ready(worker)
         fleet = Fleet(worker, valkey, (gateways[0], gateways[1]))
@@ -106,6 +117,26 @@ async def test_a_sleeping_gateway_wakes_to_find_its_lines_done(fleet: Fleet) -> 
     assert await fleet.clients[0].records(output) == before
 
 
+async def test_a_gateway_that_wakes_among_its_lines_adds_what_is_missing(fleet: Fleet) -> None:
+    """It was answered while it slept, and stores that beside what another has stored of the same range by then."""
+    requests = lines(200)
+    fleet.worker.inject("slow:60")
+    batch = await fleet.clients[0].create(jsonl(requests))
+    await fleet.running_on_both()
+    fleet.gateways[0].process.pause()
+
+    async def are_taken_over() -> bool:
+        return max(Counter(answered_by(fleet.worker)).values(), default=0) > 1
+
+    await until(are_taken_over, "lines of the sleeping gateway are answered a second time", 40)
+    fleet.gateways[0].process.resume()
+    await check_done(fleet.clients[1], requests, batch)
+    done = await fleet.clients[1].api.batches.retrieve(batch.id)
+    await fleet.clients[0].follow(batch)
+    records = [await client.records(done.output_file_id) for client in fleet.clients]
+    assert records[0] == records[1]
+
+
 async def test_without_valkey_nothing_is_begun_and_nothing_lost(fleet: Fleet) -> None:
     requests = lines(300)
     fleet.worker.inject("slow:20")
@@ -122,6 +153,30 @@ async def test_without_valkey_nothing_is_begun_and_nothing_lost(fleet: Fleet) ->
     fleet.valkey.start()  # empty: it knows of no claim
     fleet.worker.heal()
     await check_done(fleet.clients[0], requests, batch)
+
+
+async def test_while_valkey_sleeps_claims_end_and_nothing_is_begun(fleet: Fleet) -> None:
+    """F24 for batches: who cannot renew stops sending before anybody else could have its lines."""
+    requests = lines(1500)
+    fleet.worker.inject("slow:20")
+    file = await fleet.clients[0].upload(jsonl(lines(1)))
+    batch = await fleet.clients[0].create(jsonl(requests))
+    await fleet.running_on_both()
+    fleet.valkey.pause()
+    with pytest.raises(openai.InternalServerError) as refused:
+        await fleet.clients[0].api.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+    assert (refused.value.status_code, refused.value.code) == (503, "dependency_unavailable")
+    await fleet.resting_on_both()
+    seen = fleet.worker.counts.seen
+    assert seen < len(requests)
+    assert (await fleet.clients[1].api.batches.retrieve(batch.id)).status == "in_progress"
+    fleet.valkey.resume()
+    fleet.worker.heal()
+    await check_done(fleet.clients[0], requests, batch)
+    twice = sum(count - 1 for count in Counter(seen_by(fleet.worker)).values())
+    assert twice <= 2 * 8, "nothing but what was in flight"
 
 
 async def test_a_batch_is_cancelled_through_another_gateway(fleet: Fleet) -> None:

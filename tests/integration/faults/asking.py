@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from app.inference import InferenceRequest
 from tests.fakes.worker import FakeWorker
@@ -21,6 +23,20 @@ def attempts(worker: FakeWorker, content: str = "hi") -> int:
 def spent(home: House) -> int:
     """Second attempts taken from the pool's retry budget."""
     return sum(home.gateway._relay._budgets["m:v"]._retries)
+
+
+@dataclass
+class Lateness:
+    """By how much, at the most, this event loop was too late for anything, in seconds."""
+
+    most_s: float = 0.0
+
+    async def watch(self) -> None:
+        """For ever."""
+        while True:
+            due = time.monotonic() + 0.005
+            await asyncio.sleep(0.005)
+            self.most_s = max(self.most_s, time.monotonic() - due)
 
 
 class Client:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from app.settings import Health
 from app.workers.worker import State
 from tests.fakes.engine import Timing
-from tests.integration.faults.asking import MakePool, attempts, spent
+from tests.integration.faults.asking import Lateness, MakePool, attempts, spent
 from tests.integration.house import house
 
 
@@ -87,10 +89,14 @@ async def test_f09_a_slow_worker_gets_little_and_is_not_ejected(pool: MakePool, 
     async with house(*workers, health={"probe_interval_s": Health().probe_interval_s}) as home:
         slow.inject("slow:10")
         await home.ask_many(20, at_once=at_once, content="learning")
+        lateness = Lateness()
+        watching = asyncio.create_task(lateness.watch())
         told = await home.ask_many(100, at_once=at_once, content="learnt")
+        watching.cancel()
         assert all(one.ok for one in told)
-        # Far below a fifth of its share, which is 5; of a hundred the slowest one is beyond the 99th percentile.
-        assert attempts(slow, "learnt") <= 1
+        # Far below a fifth of its share, which is 5; of a hundred the slowest one is beyond the 99th percentile. On a
+        # machine that stands still meanwhile the others look as slow: there it gets less than half of its share.
+        assert attempts(slow, "learnt") <= (1 if lateness.most_s < 0.05 else 12)
         assert home.known(slow).condition.state is State.READY
 
 

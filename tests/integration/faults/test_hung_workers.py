@@ -12,7 +12,7 @@ from app.settings import Health, Relay
 from app.workers.worker import State
 from tests.fakes.engine import Timing
 from tests.integration.faults.asking import Client, MakePool, attempts
-from tests.integration.house import PATIENCE_S, house, request
+from tests.integration.house import HASTY, PATIENCE_S, house, request
 from tests.processes import FakeWorkerProcess
 
 
@@ -25,7 +25,7 @@ def stoppable() -> Iterator[FakeWorkerProcess]:
 
 async def test_f04_a_stopped_worker_loses_what_it_has_not_begun(stoppable: FakeWorkerProcess, pool: MakePool) -> None:
     (other,) = await pool(1)
-    async with house(stoppable, other) as home:
+    async with house(stoppable, other, health=HASTY) as home:
         stoppable.process.pause()
         clients = [Client(home, request()) for _ in range(4)]
         for client in clients:
@@ -50,7 +50,7 @@ async def test_f04_silence_before_the_first_byte_ends_at_its_limit(pool: MakePoo
 async def test_f05_a_stream_of_a_stopped_worker_ends_soon_after(stoppable: FakeWorkerProcess, pool: MakePool) -> None:
     (other,) = await pool(1)
     other.timing = Timing(decode_s=0.02)
-    async with house(stoppable, other, relay={"stalled_gap_timeout_s": 0.3}) as home:
+    async with house(stoppable, other, health=HASTY, relay={"stalled_gap_timeout_s": 0.3}) as home:
         stopped = Client(home, request(stream=True, max_tokens=500))
         await stopped.parts(5)
         home.known(stoppable).latency_s = 60.0
@@ -74,7 +74,7 @@ def test_f04_f05_the_limits_that_tests_cut_short_are_as_the_matrix_has_them() ->
 
 async def test_f06_a_dead_engine_behind_a_good_health_route_is_found_out(pool: MakePool) -> None:
     dead, other = await pool(2)
-    async with house(dead, other, health={"progress_timeout_s": 0.3}) as home:
+    async with house(dead, other, health={**HASTY, "progress_timeout_s": 0.3}) as home:
         dead.inject("health_ok_engine_dead")
         clients = [Client(home, request()) for _ in range(6)]
         await home.becomes(dead, State.STALLED)

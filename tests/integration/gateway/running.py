@@ -98,6 +98,8 @@ class GatewayProcess:
         listeners: dict[str, Any] = {"listen": {"port": self.port, **settings.pop("listen", {})}}
         if admin:
             listeners["admin"] = {"port": self.admin_port}
+        if "redis" in settings:  # a server that stands still for a while has not gone
+            settings["redis"] = {"call_timeout_s": PATIENCE_S, **settings["redis"]}
         defaults = {"drain_notice_s": 0, "logs": {"requests": "all"}, "health": {"probe_interval_s": 0.2}}
         self._settings = {**defaults, **settings, **listeners, "models": list(models)}
         self.config = directory / "gateway.yaml"

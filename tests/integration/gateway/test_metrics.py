@@ -15,7 +15,7 @@ from tests.fakes.reading import events
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.conftest import House
-from tests.integration.gateway.running import GatewayProcess, Scrape, model, until
+from tests.integration.gateway.running import PATIENCE_S, GatewayProcess, Scrape, model, until
 from tests.integration.gateway.watching import DEADLINE_S, watching
 from tests.integration.gateway.wire import Wire, connected
 
@@ -203,14 +203,14 @@ async def both_ready(twins: Twins) -> None:
 async def to_both(stack: AsyncExitStack, twins: Twins) -> list[Wire]:
     """One connection to each process: new ones are opened until both have taken one."""
     by_process: dict[int, Wire] = {}
-    for _ in range(200):
-        wire = await stack.enter_async_context(connected(twins.gateway.url))
-        await wire.post(CHAT, chat())
-        await wire.answer()
-        by_process.setdefault(twins.owner(wire), wire)
-        if len(by_process) == 2:
-            return list(by_process.values())
-    raise AssertionError("one process takes all connections")
+    async with asyncio.timeout(PATIENCE_S):
+        while len(by_process) < 2:
+            wire = await stack.enter_async_context(connected(twins.gateway.url))
+            await wire.post(CHAT, chat())
+            await wire.answer()
+            by_process.setdefault(twins.owner(wire), wire)
+    await twins.gateway.idle()
+    return list(by_process.values())
 
 
 async def test_sums_over_two_processes_are_right_whoever_is_asked(twins: Twins) -> None:
@@ -221,6 +221,7 @@ async def test_sums_over_two_processes_are_right_whoever_is_asked(twins: Twins) 
             await wire.post(CHAT, chat(nonce=f"n{number}", max_tokens=4))
             status, _, _ = await wire.answer()
             assert status == 200
+        await twins.gateway.idle()
         for _ in range(10):
             async with httpx.AsyncClient(
                 base_url=twins.gateway.url, timeout=30

@@ -88,7 +88,7 @@ async def test_a_viewer_that_does_not_read_is_disconnected_and_gone() -> None:
     connection = StuckConnection()
     scope: dict[str, Any] = {"headers": [], "client": None, CONNECTION: connection}
     scope[CALLER] = Caller(ANONYMOUS, is_admin=True)
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(30):
         await Live(cast("Runtime", stage))(scope, cast("Any", None), connection.send)
     assert connection.aborted.is_set()
     assert (stage.console.taken, stage.served.watched) == (0, 0)

@@ -77,23 +77,6 @@ async def test_a_cancelled_turn_is_nobodys() -> None:
     assert (bench.gate.inside, bench.gate.waiting) == (0, 0)
 
 
-async def test_who_was_inside_goes_first() -> None:
-    bench = Bench()
-    bench.gate.set(Slack(limit=1), interactive=0)
-    await bench.arrive(2)
-    entered = asyncio.Event()
-
-    async def again() -> None:
-        async with bench.gate.passed(is_first=True):
-            entered.set()
-
-    task = asyncio.create_task(again())
-    await bench.leave(1)
-    assert entered.is_set()
-    await bench.leave(1)
-    await task
-
-
 async def test_what_is_given_back_is_not_taken_again_before_the_next_look() -> None:
     bench = Bench()
     bench.gate.set(Slack(limit=4), interactive=0)

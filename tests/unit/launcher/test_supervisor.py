@@ -61,7 +61,7 @@ class Told:
             self._changed.notify_all()
 
     async def count(self, count: int) -> None:
-        async with asyncio.timeout(20), self._changed:
+        async with asyncio.timeout(30), self._changed:
             await self._changed.wait_for(lambda: len(self.lines) >= count)
 
 
@@ -82,14 +82,14 @@ async def supervisor(told: Told) -> AsyncIterator[Supervisor]:
 
 
 async def failure(supervisor: Supervisor) -> ProcessFailed:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         failed = await supervisor.failed()
     assert isinstance(failed, ProcessFailed)
     return failed
 
 
 async def line_in(log: Path, text: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while text not in (log.read_text() if log.exists() else ""):
             await asyncio.sleep(0.01)
 
@@ -176,7 +176,7 @@ async def test_kill_does_not_wait_for_the_deadline(supervisor: Supervisor, tmp_p
     stopping = asyncio.create_task(supervisor.stop())
     await asyncio.sleep(0)
     supervisor.kill()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await stopping
 
 
@@ -185,7 +185,7 @@ async def test_stopping_while_a_restart_waits(tmp_path: Path, told: Told) -> Non
     supervisor.settled()
     await supervisor.start(spec(tmp_path, "raise SystemExit(1)"))
     await told.count(1)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await supervisor.stop()
 
 

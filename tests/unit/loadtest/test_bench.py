@@ -39,5 +39,5 @@ async def test_a_worker_that_takes_the_connection_and_says_nothing_is_a_note(tmp
     server = await asyncio.start_server(silent, "127.0.0.1", site.worker.port)
     async with server:
         await visit.weigh()
-        await asyncio.wait_for(gone.wait(), 8)
+        await asyncio.wait_for(gone.wait(), 30)
     assert found.notes == ["memory: not done within 0.4 s"]

@@ -29,7 +29,7 @@ async def serving(pace: Pace = Pace()) -> AsyncIterator[tuple[Worker, Address]]:
 async def until(condition: object) -> None:
     """Let the loop turn until `condition()` holds; the test's own time limit bounds it."""
     assert callable(condition)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0)
 
@@ -59,7 +59,7 @@ async def test_a_closed_loop_leaves_nothing_running() -> None:
 
 async def test_a_closed_loop_ends_at_its_limit() -> None:
     async with serving() as (worker, address), closed_loop(address, STREAM, connections=3, limit=7) as load:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await load.finished()
         assert (load.answers, load.tokens, worker.served) == (7, 28, 7)
 

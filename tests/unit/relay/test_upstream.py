@@ -12,7 +12,9 @@ from app.catalogue import WorkerAddress
 from app.errors import UpstreamBadResponse, UpstreamStalled, UpstreamTimeout, WorkerLost
 from app.relay.upstream import BUFFER_MAX_BYTES, ConnectFailed, Connection, Upstream
 from app.settings import Relay as Limits
+from app.workers.worker import Progress
 from tests.ports import free_port
+from tests.stepping import Line, SteppingLoop
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 
@@ -190,6 +192,30 @@ async def test_an_answer_that_never_ends_ends() -> None:
     ) as upstream:
         with pytest.raises(UpstreamStalled):
             await read_all(upstream)
+
+
+def test_an_answer_that_keeps_coming_ends_at_the_limit_of_a_whole_one() -> None:
+    """In time that is not real: some of it every 50 s for an hour, and never a gap of the 60 s that are too long."""
+    loop = SteppingLoop()
+    connection = Connection(loop, Limits(), Progress())
+    connection.connection_made(Line())
+
+    def come(data: bytes) -> None:
+        connection.data_received(data)
+        connection.take()
+        if connection.is_open and loop.time() < 2 * Limits().total_timeout_s:
+            loop.call_later(50.0, come, b"1\r\nx\r\n")
+
+    async def listened() -> float:
+        ended = loop.create_future()
+        connection.start(b"", b"")
+        connection.listen(lambda: ended.set_result(loop.time()) if connection.is_over else None)
+        loop.call_later(1.0, come, OK + b"transfer-encoding: chunked\r\n\r\n1\r\nx\r\n")
+        return float(await ended)
+
+    assert loop.run_until_complete(listened()) == pytest.approx(Limits().total_timeout_s)
+    assert isinstance(connection.failure, UpstreamStalled)
+    loop.close()
 
 
 async def test_nobody_listens() -> None:

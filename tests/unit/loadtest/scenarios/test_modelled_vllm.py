@@ -44,7 +44,7 @@ async def worker(shape: EngineShape, witness: Witness) -> AsyncIterator[Address]
 
 async def until(condition: object) -> None:
     assert callable(condition)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.001)
 
