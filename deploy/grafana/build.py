@@ -198,8 +198,8 @@ SERVICE: dict[str, Sequence[Graph | Figure]] = {
                 Line(mean("sluice_upstream_first_byte_seconds", INTERACTIVE), "worker: to its first byte"),
                 Line(mean("sluice_gateway_overhead_seconds", INTERACTIVE), "gateway itself"),
             ],
-            "Means of three parts, which add up; without batches. The first byte of an answer that does not stream comes"
-            " with its last.",
+            "Means of three parts, which add up; without batches. The first byte of an answer that does not stream"
+            " comes with its last.",
             is_stacked=True,
         ),
         Graph("Inter-token latency", "s", quantiles("sluice_inter_token_latency_seconds")),

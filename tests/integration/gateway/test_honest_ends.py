@@ -259,12 +259,20 @@ async def test_a_broken_connection_never_serves_anybody_else(house: House) -> No
     for fault, stream in itertools.product(BREAKS, (False, True)):
         await house.gateway.http.post(CHAT, json=chat(stream=False, x_fault=fault))
         await stream_of_any(house.gateway, chat(x_fault=fault))
+        await leave_in_the_middle(house.gateway)
         await house.gateway.ready(house.worker)
         for _ in range(5):
             await asyncio.gather(
                 *(ask_for_own(house.gateway, f"nonce{next(numbers)}", stream and n % 2 == 0) for n in range(10))
             )
     assert next(numbers) == 1000
+
+
+async def leave_in_the_middle(gateway: GatewayProcess) -> None:
+    """Ask for a stream and hang up while the worker still owes the rest of it."""
+    async with connected(gateway.url) as wire:
+        await wire.post(CHAT, chat("left behind", stream=True, x_fault="hang_after:2"))
+        await wire.until(b"left")
 
 
 async def stream_of_any(gateway: GatewayProcess, body: dict[str, Any]) -> None:

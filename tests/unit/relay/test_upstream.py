@@ -106,6 +106,31 @@ async def test_bytes_after_the_answer_are_never_another_requests_answer() -> Non
     assert script.connections == 2
 
 
+async def test_an_exchange_that_is_left_in_the_middle_takes_its_connection_with_it() -> None:
+    script = Script(OK + b"content-length: 10\r\n\r\nhalf", OK + b"content-length: 2\r\n\r\n[]")
+    async with script.running() as upstream, asyncio.timeout(10):
+        async with exchange_with(upstream, "/", b"{}") as connection:
+            assert await connection.read() == b"half"
+        assert await read_all(upstream) == b"[]"
+    assert script.connections == 2
+
+
+@pytest.mark.parametrize(
+    "late", [b"x", b"\r\n", OK + b"content-length: 4\r\n\r\nevil", OK + b"content-length: 99\r\n\r\n"]
+)
+def test_bytes_that_come_while_nothing_is_asked_end_the_connection(late: bytes) -> None:
+    loop, line = SteppingLoop(), Line()
+    connection = Connection(loop, Limits(), Progress())
+    connection.connection_made(line)
+    connection.start(b"", b"")
+    connection.data_received(OK + b"content-length: 2\r\n\r\n{}")
+    assert connection.finish()
+    assert connection.is_open
+    connection.data_received(late)
+    assert (connection.is_open, line.closed) == (False, True)
+    loop.close()
+
+
 @pytest.mark.parametrize(
     "answer",
     [OK + b"content-length: 10\r\n\r\n{}", OK + b"transfer-encoding: chunked\r\n\r\n5\r\nab", b"", OK, OK + b"\r\n{}"],
