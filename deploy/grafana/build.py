@@ -198,8 +198,8 @@ SERVICE: dict[str, Sequence[Graph | Figure]] = {
                 Line(mean("sluice_upstream_first_byte_seconds", INTERACTIVE), "worker: to its first byte"),
                 Line(mean("sluice_gateway_overhead_seconds", INTERACTIVE), "gateway itself"),
             ],
-            "Means of three parts, which add up; without batches. The first byte of an answer that does not stream comes"
-            " with its last.",
+            "Means of three parts, which add up; without batches. The first byte of an answer that does not stream"
+            " comes with its last.",
             is_stacked=True,
         ),
         Graph("Inter-token latency", "s", quantiles("sluice_inter_token_latency_seconds")),
@@ -467,13 +467,16 @@ BATCHES: dict[str, Sequence[Graph | Figure]] = {
             quiet="no batch yet",
         ),
         Graph(
-            "Lines taken off their workers",
-            "short",
-            [
-                Line(f"sum(rate(sluice_batch_preemptions_total{RATE}))", "lines a second"),
-                Line(f"sum(rate(sluice_batch_preempted_tokens_total{RATE}))", "tokens a second in vain, estimated"),
-            ],
+            "Lines taken off their workers, a minute",
+            "cpm",
+            [Line(f"60 * sum(rate(sluice_batch_preemptions_total{RATE}))", "lines")],
             "For interactive requests that would have waited for their slots; they are run again.",
+            quiet="no line had to give way",
+        ),
+        Graph(
+            "Tokens a second in vain",
+            "short",
+            [Line(f"sum(rate(sluice_batch_preempted_tokens_total{RATE}))", "of lines taken off, estimated")],
             quiet="no line had to give way",
         ),
         Graph(

@@ -119,8 +119,8 @@ async def test_a_sleeping_gateway_wakes_to_find_its_lines_done(fleet: Fleet) -> 
 
 async def test_a_gateway_that_wakes_among_its_lines_adds_what_is_missing(fleet: Fleet) -> None:
     """It was answered while it slept, and stores that beside what another has stored of the same range by then."""
-    requests = lines(200)
-    fleet.worker.inject("slow:60")
+    requests = lines(500)
+    fleet.worker.inject("slow:40")
     batch = await fleet.clients[0].create(jsonl(requests))
     await fleet.running_on_both()
     fleet.gateways[0].process.pause()
@@ -129,7 +129,11 @@ async def test_a_gateway_that_wakes_among_its_lines_adds_what_is_missing(fleet: 
         return max(Counter(answered_by(fleet.worker)).values(), default=0) > 1
 
     await until(are_taken_over, "lines of the sleeping gateway are answered a second time", 40)
+    counts = (await fleet.clients[1].api.batches.retrieve(batch.id)).request_counts
+    assert counts is not None
+    await fleet.clients[1].reaches(batch, "in_progress", completed=counts.completed + 40, timeout_s=40)
     fleet.gateways[0].process.resume()
+    fleet.worker.heal()
     await check_done(fleet.clients[1], requests, batch)
     done = await fleet.clients[1].api.batches.retrieve(batch.id)
     await fleet.clients[0].follow(batch)
@@ -192,6 +196,15 @@ async def test_a_batch_is_cancelled_through_another_gateway(fleet: Fleet) -> Non
     for gateway in fleet.gateways:
         await gateway.idle()
     assert fleet.worker.counts.seen == dispatched
+
+
+async def test_what_hangs_is_given_up_when_another_gateway_cancels_it(fleet: Fleet) -> None:
+    batch = await fleet.clients[0].create(jsonl(lines(40, x_fault="hang_before")))
+    await fleet.running_on_both()
+    await fleet.clients[1].api.batches.cancel(batch.id)
+    done = await fleet.clients[0].follow(batch)
+    assert (done.status, done.output_file_id) == ("cancelled", None)
+    await fleet.worker.wait_for(open=0)
 
 
 @asynccontextmanager
