@@ -204,7 +204,8 @@ class RedisServer:
         connection: Any = self._kind(**self._options, socket_timeout=None)
         try:
             await connection.connect()
-        except RedisError as error:
+        except BaseException as error:
+            await connection.disconnect(nowait=True)
             if isinstance(error.__cause__, ConfigurationError):
                 raise error.__cause__ from None
             raise

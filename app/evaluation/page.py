@@ -50,7 +50,7 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
 
 def _note(row: Row) -> str:
     if not row.card.speed:
-        return "not served here"
+        return "not served here" if row.card.reason else "speed not measured"
     return "passes its gate" if row.verdict.passed else "by name only: fails its gate"
 
 

@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 from app.card import Card
 
 COLUMNS = 3
-CELL_WIDTH, CELL_HEIGHT = 300, 270
+CELL_WIDTH, CELL_HEIGHT = 345, 270
 RADIUS = 80.0
 CENTRE_Y = 150
 OUTERMOST = 2.0  # times the dense sibling; what is better still is drawn at the rim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,22 @@ def read_workers(path: Path, most: int) -> tuple[Worker, ...]:
     return workers
 
 
+Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
+"""The addresses of a host. Raises OSError, as `getaddrinfo` does, and UnicodeError for what is no name."""
+
+
+async def _as_the_system_does(host: str, port: int) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
 class Names:
     """Asks for the addresses of dns names, and remembers the last answers: a name server's death empties no pool."""
 
-    def __init__(self, rules: Reload, log: Log) -> None:
+    def __init__(self, rules: Reload, log: Log, resolve: Resolve = _as_the_system_does) -> None:
         self._rules = rules
         self._log = log
+        self._resolve = resolve
         self._known: dict[str, tuple[str, ...]] = {}
         self._silent: set[str] = set()
 
@@ -118,14 +128,14 @@ class Names:
         host, _, port = name.rpartition(":")
         try:
             async with asyncio.timeout(self._rules.dns_timeout_s):
-                found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+                found = await self._resolve(host, int(port))
         except socket.gaierror as error:
             if error.errno in NOBODY:
                 return self._answered(name, ())
             return self._unanswered(name, error.strerror or str(error))
         except (OSError, UnicodeError) as error:  # a timeout is the former, a label that no name has the latter
             return self._unanswered(name, str(error) or "no answer in time")
-        hosts = sorted({str(address[0]) for *_, address in found})
+        hosts = sorted(set(found))
         return self._answered(name, tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts))
 
     def _answered(self, name: str, addresses: tuple[str, ...]) -> tuple[str, ...]:

@@ -467,13 +467,16 @@ BATCHES: dict[str, Sequence[Graph | Figure]] = {
             quiet="no batch yet",
         ),
         Graph(
-            "Lines taken off their workers",
-            "short",
-            [
-                Line(f"sum(rate(sluice_batch_preemptions_total{RATE}))", "lines a second"),
-                Line(f"sum(rate(sluice_batch_preempted_tokens_total{RATE}))", "tokens a second in vain, estimated"),
-            ],
+            "Lines taken off their workers, a minute",
+            "cpm",
+            [Line(f"60 * sum(rate(sluice_batch_preemptions_total{RATE}))", "lines")],
             "For interactive requests that would have waited for their slots; they are run again.",
+            quiet="no line had to give way",
+        ),
+        Graph(
+            "Tokens a second in vain",
+            "short",
+            [Line(f"sum(rate(sluice_batch_preempted_tokens_total{RATE}))", "of lines taken off, estimated")],
             quiet="no line had to give way",
         ),
         Graph(

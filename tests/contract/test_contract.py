@@ -367,7 +367,9 @@ async def test_chat_logprobs(client: httpx.AsyncClient, top: int) -> None:
     assert [len(entry["top_logprobs"]) for entry in content] == [top] * 6
     assert runs(content)[0][:3] == [("token", "str"), ("logprob", "float"), ("bytes", ["int"])]
     streamed = [chunk["choices"][0] for chunk in (await payloads(client, CHAT, body))[1:]]
-    assert [list(part["logprobs"]) for part in streamed] == [["content"]] * 6
+    assert all(list(part["logprobs"]) == ["content"] for part in streamed)
+    # A token each, but for a busy engine, which joins what it has.
+    assert sum(len(part["logprobs"]["content"]) for part in streamed) == 6
 
 
 async def test_completion_logprobs(client: httpx.AsyncClient) -> None:

@@ -21,7 +21,7 @@ import httpx
 from tests.fakes.engine import Timing
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, chat
-from tests.integration.gateway.running import GatewayProcess, issue_keys
+from tests.integration.gateway.running import GatewayProcess, issue_keys, until
 from tests.monitoring.conftest import Binaries
 from tests.monitoring.prometheus import Prometheus
 from tests.processes import Valkey
@@ -75,7 +75,7 @@ class Scene:
                 is_rush = RUSH[0] <= share < RUSH[1]
                 await asyncio.sleep(chance.expovariate(RUSH_PER_S if is_rush else CALM_PER_S))
                 if not open_requests.locked():
-                    ask = each.pop() if each else chance.choices(ASKED, WEIGHTS)[0]
+                    ask = each.pop(0) if each else chance.choices(ASKED, WEIGHTS)[0]
                     group.create_task(self._one(ask, chance, open_requests))
 
     async def _one(self, ask: Ask, chance: random.Random, open_requests: asyncio.Semaphore) -> None:
@@ -188,7 +188,7 @@ WEIGHTS = (40, 10, 20, 15, 6, 2, 1, 1, 4, 3, 1)
 
 @asynccontextmanager
 async def staged(binaries: Binaries, directory: Path, interval_s: int = 1) -> AsyncIterator[Scene]:
-    """The scene before it begins: every worker ready, Prometheus scraping every `interval_s`."""
+    """The scene before it begins: every worker ready, Prometheus scraping every `interval_s`, and once already."""
     async with AsyncExitStack() as opened:
         quick = [await opened.enter_async_context(_worker("w8a8", QUICK)) for _ in range(2)]
         slow = await opened.enter_async_context(_worker("dense", SLOW))
@@ -215,6 +215,12 @@ async def staged(binaries: Binaries, directory: Path, interval_s: int = 1) -> As
         opened.push_async_callback(prometheus.http.aclose)
         opened.callback(prometheus.process.stop)
         await asyncio.to_thread(prometheus.process.wait_for_line, "Server is ready")
+
+        async def is_scraped() -> bool:
+            return bool(await prometheus.query('up{job="sluice"} == 1'))
+
+        # What happens before the first scrape is no increase.
+        await until(is_scraped, "Prometheus has seen the gateway")
         clients = {name: await opened.enter_async_context(_client(gateway.url, key)) for name, key in keys.items()}
         yield Scene(prometheus, gateway, clients, quick[1], valkey)
 

@@ -56,7 +56,7 @@ async def test_every_panel_shows_something(prometheus: Prometheus) -> None:
         return not empty
 
     with suppress(TimeoutError):
-        await until(all_are_shown, "every panel has shown something", 60)
+        await until(all_are_shown, "every panel has shown something", 240)
     assert [panel.title for panel in empty] == []
 
 

@@ -25,6 +25,7 @@ from tests.certificates import Authority
 from tests.fakes.fault_proxy import FaultProxy
 from tests.integration.admission.driving import RULES
 from tests.integration.admission.fleet import (
+    PATIENCE_S,
     Dump,
     granted_in_time,
     is_told,
@@ -33,6 +34,7 @@ from tests.integration.admission.fleet import (
     replica,
     restore,
     snapshot,
+    soon,
     ticket,
     until,
 )
@@ -94,7 +96,7 @@ async def test_a_promoted_replica_is_used_and_told_what_is_held(guarded: Guarded
         assert Dump(guarded.replica.url).held["w"] == {lease.id for lease in held}
         assert not waiting.done()
         held[1].release()
-        third = await asyncio.wait_for(waiting, 10)
+        third = await soon(waiting)
         assert third.worker_id == "w"
         await until(lambda: is_told(guarded.replica.url, one, two))
         assert len(Dump(guarded.replica.url).held["w"]) == 2
@@ -128,7 +130,7 @@ async def test_what_the_promoted_replica_never_heard_of_is_not_granted_again(gua
         assert Dump(guarded.replica.url).held["w"] == {lease.id for lease in held}
         assert not waiting.done()
         held[0].release()
-        await asyncio.wait_for(waiting, 10)
+        await soon(waiting)
 
 
 class Nowhere:
@@ -163,7 +165,7 @@ async def test_a_primary_that_was_demoted_is_left(guarded: Guarded) -> None:
         await noted(keys, issued.key.id)
         with talking(guarded.replica.port) as client:
             assert client.hgetall("{sluice}:keys:used") == {issued.key.id: "2026-01-01T00:00Z"}
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while await claims.take(["line"]) != ["line"]:
                 await asyncio.sleep(0.05)
     await keys.aclose()
@@ -271,7 +273,7 @@ async def test_in_a_cluster_everything_is_in_one_slot(cluster: Cluster) -> None:
             await healed(one, two)
             with await one.admit(ticket()):
                 (waiting,) = await queued(two, ticket())
-            (await asyncio.wait_for(waiting, 10)).release()
+            (await soon(waiting)).release()
             with talking(cluster.members[0].port) as client:
                 channels = told(client, "PUBSUB", "CHANNELS")
             assert len(channels) == 2
@@ -289,7 +291,7 @@ async def check_keys_and_claims(way: settings.Redis) -> None:
     await keys.note_used([issued.key.id], "2026-01-01T00:00Z")
     assert await keys.read() == [issued.key]
     await claims.check()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while await claims.take(["line", "other"], 2) != ["line", "other"]:
             await asyncio.sleep(0.05)
     await claims.renew()
@@ -314,7 +316,7 @@ async def test_a_slot_that_moves_is_followed_and_nothing_is_granted_twice(cluste
         assert Dump(url).held["w"] == {lease.id for lease in held}
         assert not waiting.done()
         held[0].release()
-        await asyncio.wait_for(waiting, 10)
+        await soon(waiting)
         await noted(keys, issued.key.id)
         assert await keys.read() == [issued.key]
     await keys.aclose()

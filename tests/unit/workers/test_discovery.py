@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import structlog
 
 from app.errors import ConfigurationError
 from app.settings import Model, Reload, Variant, Worker, WorkerTls
-from app.workers.discovery import Found, Names, expanded, files_in, names_in, read_workers
+from app.workers.discovery import NOBODY, Found, Names, expanded, files_in, names_in, read_workers
 
 LISTED = Path("/workers.yaml")
 
@@ -112,7 +114,63 @@ def test_a_name_has_a_port(dns: str) -> None:
         Worker(dns=dns)
 
 
-async def test_addresses_are_bounded() -> None:
-    names = Names(Reload(workers_per_name=1), structlog.get_logger())
-    found = await names.look_up(["localhost:9000"])
-    assert len(found["localhost:9000"]) == 1
+class Zone:
+    """A name server that the test owns: what it answers for every name, now."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.answer: tuple[str, ...] | OSError = addresses
+        self.is_silent = False
+
+    async def resolve(self, host: str, port: int) -> tuple[str, ...]:
+        if self.is_silent:
+            await asyncio.Event().wait()
+        if isinstance(self.answer, OSError):
+            raise self.answer
+        return self.answer
+
+
+def names_of(zone: Zone, **rules: float) -> Names:
+    return Names(Reload.model_validate(rules), structlog.get_logger(), zone.resolve)
+
+
+async def test_addresses_are_bounded_and_in_order() -> None:
+    zone = Zone("10.0.0.3", "::1", "10.0.0.1", "10.0.0.2", "10.0.0.1")
+    assert await names_of(zone).look_up(["pods:9000"]) == {
+        "pods:9000": ("10.0.0.1:9000", "10.0.0.2:9000", "10.0.0.3:9000", "[::1]:9000")
+    }
+    bounded = await names_of(zone, workers_per_name=2).look_up(["pods:9000"])
+    assert bounded == {"pods:9000": ("10.0.0.1:9000", "10.0.0.2:9000")}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [socket.gaierror(socket.EAI_AGAIN, "try again"), socket.gaierror(socket.EAI_FAIL, "failed"), OSError("broken")],
+    ids=str,
+)
+async def test_a_name_server_that_fails_empties_no_pool(failure: OSError) -> None:
+    zone = Zone("10.0.0.1")
+    names = names_of(zone)
+    await names.look_up(["pods:1"])
+    zone.answer = failure
+    assert await names.look_up(["pods:1"]) == {"pods:1": ("10.0.0.1:1",)}
+    assert await names_of(zone).look_up(["pods:1"]) == {}
+    zone.answer = ("10.0.0.2",)
+    assert await names.look_up(["pods:1"]) == {"pods:1": ("10.0.0.2:1",)}
+
+
+async def test_a_name_server_that_is_silent_is_waited_for_no_longer_than_it_may() -> None:
+    zone = Zone("10.0.0.1")
+    names = names_of(zone, dns_timeout_s=0.05)
+    await names.look_up(["pods:1"])
+    zone.is_silent = True
+    async with asyncio.timeout(20):
+        assert await names.look_up(["pods:1"]) == {"pods:1": ("10.0.0.1:1",)}
+
+
+@pytest.mark.parametrize("code", NOBODY)
+async def test_an_answer_that_nobody_is_there_empties_the_pool(code: int) -> None:
+    zone = Zone("10.0.0.1")
+    names = names_of(zone)
+    await names.look_up(["pods:1"])
+    zone.answer = socket.gaierror(code, "nobody")
+    assert await names.look_up(["pods:1"]) == {"pods:1": ()}
