@@ -21,7 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.exceptions import ConnectionError as NotConnected
-from redis.exceptions import NoPermissionError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import MovedError, NoPermissionError, ReadOnlyError, RedisError, ResponseError
 
 from app.credentials import TlsContexts, read_secret, redis_password, tls_failure
 from app.errors import ConfigurationError
@@ -172,7 +172,7 @@ class _ToPrimary(_Plain):
         try:
             return await super().read_response(*args, **kwargs)
         except ResponseError as error:
-            if not isinstance(error, ReadOnlyError) and not str(error).startswith("MOVED "):
+            if not isinstance(error, ReadOnlyError | MovedError):
                 raise
             await self.disconnect(nowait=True)
             raise NotConnected(f"{self.host}:{self.port} is not the primary any more") from None
