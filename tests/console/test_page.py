@@ -156,7 +156,9 @@ async def test_names_are_text_and_long_ones_are_cut(page: Page, site: Site, pict
     await told(page, site, sent(full(LONG)))
     assert await page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     cell = page.locator("#workers tbody th")
-    await expect(cell).to_have_attribute("title", f"{LONG} ({LONG} · {LONG} · {LONG})")
+    await expect(cell).to_have_attribute(
+        "title", f"{LONG} ({LONG}\N{NO-BREAK SPACE}· {LONG}\N{NO-BREAK SPACE}· {LONG})"
+    )
     await page.screenshot(path=pictures / "long-names.png", full_page=True)
 
 
