@@ -15,6 +15,7 @@ SSE = "text/event-stream; charset=utf-8"
 DONE = b"[DONE]"
 SURPLUS = 16
 HUGE = 2 * 1024 * 1024
+SETTLED_S = 0.2
 Hang = Callable[[], Awaitable[None]]
 
 
@@ -97,6 +98,8 @@ class EventStream:
         raise Cut
 
     async def _reset_after(self) -> None:
+        if self._sent:  # a reset takes along what has not been read yet: as a rule, this has
+            await asyncio.sleep(SETTLED_S)
         self._exchange.reset()
         raise Cut
 
