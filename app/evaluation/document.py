@@ -20,8 +20,6 @@ td:first-child, .interval { white-space: nowrap; }
 .interval { display: block; font-size: .75rem; color: #59636e; }
 svg { max-width: 100%; height: auto; }
 """
-
-
 INTERVAL = re.compile(r"(?<=\d )\([\d.e-]+–[\d.e-]+\)(?=</td>)")
 
 

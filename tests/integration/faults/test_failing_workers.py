@@ -98,8 +98,8 @@ async def test_f09_a_slow_worker_gets_little_and_is_not_ejected(pool: MakePool, 
         watching.cancel()
         assert all(one.ok for one in told)
         # Far below a fifth of its share, which is 5; of a hundred the slowest one is beyond the 99th percentile. On a
-        # machine that stands still meanwhile the others look as slow: there it gets less than half of its share.
-        assert attempts(slow, "learnt") <= (1 if lateness.most_s < 0.05 else 12)
+        # machine that stands still meanwhile the others look as slow for a while: there that fifth is the bound.
+        assert attempts(slow, "learnt") <= (1 if lateness.most_s < 0.05 else 5)
         assert home.known(slow).condition.state is State.READY
 
 
