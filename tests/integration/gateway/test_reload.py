@@ -92,9 +92,13 @@ async def test_a_tenants_terms_change(tmp_path: Path) -> None:
     async with FakeWorker("m") as worker, running(tmp_path, worker, **settings) as gateway:
         headers = {"x-sluice-tenant": "acme"}
         assert (await gateway.http.post(CHAT, json=chat(), headers=headers)).status_code == 200
-        gateway.configure(tenants=[{"name": "acme", "models": ["other"]}])
+        gateway.configure(tenants=[{"name": "acme", "weight": 3, "models": ["other"]}])
         await noted(gateway, "applied")
         assert (await gateway.http.post(CHAT, json=chat(), headers=headers)).status_code == 404
+        assert (await gateway.scrape()).sum("sluice_tenant_weight", tenant="acme") == 3
+        gateway.configure(tenants=[])
+        await noted(gateway, "applied", 2)
+        assert (await gateway.scrape()).sum("sluice_tenant_weight", tenant="acme") == 1
 
 
 BAD: dict[str, Any] = {
