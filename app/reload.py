@@ -54,6 +54,25 @@ class Outcome(StrEnum):
     REFUSED = "refused"
 
 
+class Looks:
+    """What files looked like. Two looks must agree before a change counts: the first may see a half of one. Pure."""
+
+    def __init__(self, now: Signature) -> None:
+        self.take(now)
+
+    def take(self, now: Signature) -> None:
+        """What looks like this is known."""
+        self._known = self._latest = now
+
+    def has_settled(self, now: Signature) -> bool:
+        """Whether there is something new, and it is whole. It is known from then on: what is refused is said once."""
+        is_steady, self._latest = now == self._latest, now
+        if not is_steady or now == self._known:
+            return False
+        self._known = now
+        return True
+
+
 class Reload:
     """Owns the settings of the moment, and gives what changed to those who live by it.
 
@@ -85,7 +104,7 @@ class Reload:
         self._found = Found()
         self._changing = asyncio.Lock()
         """Held from reading to adopting: what was read earlier must not be adopted later."""
-        self._seen = self._pending = self._signature(settings)
+        self._looks = Looks(self._signature(settings))
         metrics.config_current.set(1)
 
     @asynccontextmanager
@@ -149,7 +168,8 @@ class Reload:
         self._registry.adopt(self._catalogue)
         if (settings.tenants, settings.default_tenant) != (self.settings.tenants, self.settings.default_tenant):
             self._tenants.change(settings.tenants, settings.default_tenant)
-        self.settings, self._found, self._seen, self._pending = settings, found, seen, seen
+        self.settings, self._found = settings, found
+        self._looks.take(seen)
         return has_changed
 
     def _note(self, outcome: Outcome, **more: str) -> None:
@@ -172,14 +192,10 @@ class Reload:
             await self._try()
 
     async def _follow_files(self) -> None:
-        """Two looks must agree before a change counts: the first may see a file that is being written."""
         while True:
             await asyncio.sleep(self._rules.watch_interval_s)
-            signature = await asyncio.to_thread(self._signature, self.settings)
-            if signature != self._seen and signature == self._pending:
-                self._seen = signature  # also of what is refused: it is said once
+            if self._looks.has_settled(await asyncio.to_thread(self._signature, self.settings)):
                 await self._try()
-            self._pending = signature
 
     async def _follow_names(self) -> None:
         while True:

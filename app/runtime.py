@@ -92,8 +92,9 @@ async def open_runtime(
     log = open_log(settings.logs)
     secret = server_secret(settings.auth)
     tenants = Tenants(settings.tenants, settings.default_tenant, secret)
-    metrics = open_metrics(tenants.named)
-    tenants.listen(lambda: metrics.show_tenants(tenants.named))
+    metrics = open_metrics()
+    metrics.show_tenants(tenants.named, tenants.weight_of)
+    tenants.listen(lambda: metrics.show_tenants(tenants.named, tenants.weight_of))
     # Those whose addresses are known; `reload` finds the others before anybody is served.
     catalogue = Catalogue.of(expanded(settings.models, Found()))
     registry = Registry(catalogue, log)

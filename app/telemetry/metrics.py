@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,9 +130,7 @@ class ReadableCounter(Counter):
 class Metrics:
     """The series of one process."""
 
-    def __init__(self, registry: CollectorRegistry, tenants: Sequence[str] = ()) -> None:
-        """`tenants` are those that get series of their own, if they are not too many; the others share one."""
-
+    def __init__(self, registry: CollectorRegistry) -> None:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> QuickHistogram:
             return QuickHistogram(name, text, _LABELS, buckets=buckets, registry=registry)
 
@@ -207,9 +205,11 @@ class Metrics:
         self.tenant_tokens = counter(
             "sluice_tenant_tokens_total", "Tokens of a tenant, as workers counted them.", "tenant", "direction"
         )
+        self.tenant_weights = gauge(
+            "sluice_tenant_weight", "Share of a named tenant beside others'.", "tenant", across="livemax"
+        )
         self._shown_tenants: frozenset[str] = frozenset()
         self._tenant_ends: dict[tuple[str, Outcome], tuple[Counter, Counter, Counter]] = {}
-        self.show_tenants(tenants)
         self.variant_choices = counter(
             "sluice_variant_choices_total", "Requests whose variant was chosen.", "model", "variant", "reason"
         )
@@ -282,11 +282,16 @@ class Metrics:
         count.inc()
         duration.observe(duration_s)
 
-    def show_tenants(self, tenants: Sequence[str]) -> None:
-        """Give these series of their own, after those that have some already, as long as they are not too many."""
+    def show_tenants(self, tenants: Sequence[str], weight_of: Callable[[str], float]) -> None:
+        """Give these series of their own, after those that have some already, as long as they are not too many.
+
+        The others share one, which has no weight: nobody knows how many they are.
+        """
         known = self._shown_tenants
         added = [name for name in tenants if name not in known]
         self._shown_tenants = known | set(added[: MOST_TENANTS - len(known)])
+        for name in self._shown_tenants:
+            self.tenant_weights.labels(name).set(weight_of(name))
 
     def tenant_ended(self, tenant: str, outcome: Outcome, usage: TokenUsage) -> None:
         """Count a request's end, and what it used, for whoever pays."""
@@ -348,14 +353,14 @@ def _forget_killed(directory: Path) -> None:
             values.unlink(missing_ok=True)
 
 
-def open_metrics(tenants: Sequence[str] = ()) -> Metrics:
+def open_metrics() -> Metrics:
     """See `Metrics`."""
     # They would be a third of all series, and nobody reads them.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     if MULTIPROC_DIR not in os.environ:
         ProcessCollector(registry=registry)
-    return Metrics(registry, tenants)
+    return Metrics(registry)
 
 
 @dataclass(slots=True)

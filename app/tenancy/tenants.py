@@ -42,6 +42,9 @@ class Tenants:
                 self._strangers.popitem(last=False)
         return found
 
+    def weight_of(self, name: str) -> float:
+        return self.get(name).weight
+
     def change(self, named: Sequence[settings.Tenant], default: settings.TenantTerms) -> None:
         """These terms hold from now on, for all tenants at once; a request keeps those it came under.
 

@@ -163,6 +163,13 @@ def events(metric: str, by: str) -> str:
     return f"60 * sum by ({by}) (rate({metric}{RATE})) > 0"
 
 
+def share_by_weight() -> str:
+    """What each named tenant was served by weight, of what all who were served anything were on the average."""
+    served = f"sum by (tenant) (rate(sluice_tenant_tokens_total{RATE}))"
+    weight = "max by (tenant) (sluice_tenant_weight)"
+    return f"{served} / {weight} / scalar(sum({served} and {weight}) / sum({weight} and {served} > 0))"
+
+
 def rate(metric: str, by: str, where: str = WHERE) -> str:
     return f"sum by ({by}) (rate({metric}{{{where}}}{RATE}))"
 
@@ -276,15 +283,22 @@ QUEUE: dict[str, Sequence[Graph | Figure]] = {
             "Tokens a second, by tenant",
             "short",
             [Line(f"sum by (tenant) (rate(sluice_tenant_tokens_total{RATE}))", "{{tenant}}")],
-            "Of prompts and answers. Under pressure they are in proportion to the tenants' weights.",
-            width=8,
+            "Of prompts and answers.",
             is_stacked=True,
+        ),
+        Graph(
+            "Share of the tokens against weight",
+            "percentunit",
+            [Line(share_by_weight(), "{{tenant}}")],
+            "Of the named tenants that are served anything; 100 %, the dashed line, is what the weight gives. Who waits"
+            " and stays below it does not get its due; above it is what others left. A batch takes what is left, too.",
+            quiet="no named tenant is served",
+            bound=1,
         ),
         Graph(
             "Completed requests, by tenant",
             "reqps",
             [Line(f'sum by (tenant) (rate(sluice_tenant_requests_total{{outcome="completed"}}{RATE}))', "{{tenant}}")],
-            width=8,
         ),
         Graph(
             "Requests that did not complete, by tenant",
@@ -295,7 +309,6 @@ QUEUE: dict[str, Sequence[Graph | Figure]] = {
                     "{{tenant}}: {{outcome}}",
                 )
             ],
-            width=8,
             quiet="every request completed",
         ),
     ],

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
 from tests.processes import ROOT, Process
@@ -23,6 +24,8 @@ from tests.processes import ROOT, Process
 CLONE_NEWNET = 0x40000000
 START_S = 120.0
 NEEDED = ("dockerd", "containerd", "runc", "docker", "debootstrap", "dpkg-deb", "ip", "nsenter", "iptables")
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,13 +77,17 @@ class Engine:
         packed = subprocess.run(archive, capture_output=True, check=True, timeout=300).stdout
         self.docker("import", *name_and_changes, timeout_s=300, stdin=packed)
 
-    def compose(self, *arguments: str, timeout_s: float = 120) -> str:
-        """What `docker compose ARGUMENTS` prints; the command shares the engine's network."""
-        return self._run([*self._inside, str(Path(sys.executable).with_name("docker-compose")), *arguments], timeout_s)
+    def compose(self, *arguments: str, timeout_s: float = 120, **variables: str) -> str:
+        """What `VARIABLES docker compose ARGUMENTS` prints; the command shares the engine's network."""
+        command = [*self._inside, str(Path(sys.executable).with_name("docker-compose")), *arguments]
+        return self._run(command, timeout_s, None, variables)
 
-    def _run(self, command: list[str], timeout_s: float, stdin: bytes | None = None) -> str:
+    def _run(
+        self, command: list[str], timeout_s: float, stdin: bytes | None = None, variables: Mapping[str, str] = NOTHING
+    ) -> str:
+        environ = {**self._environ, **variables}
         done = subprocess.run(
-            command, cwd=ROOT, env=self._environ, input=stdin, capture_output=True, timeout=timeout_s, check=False
+            command, cwd=ROOT, env=environ, input=stdin, capture_output=True, timeout=timeout_s, check=False
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.decode(errors='replace')[-4000:]}")

@@ -1,11 +1,13 @@
 """Images under the names that docker-compose.yml and the Dockerfile use, for a machine that reaches no registry.
 
 What they hold is real: Debian with this machine's Python, Valkey from its wheel, Prometheus and the exporter of Redis
-from Debian's packages. Grafana cannot be had that way: in its place a server answers its health check.
+from Debian's packages. Grafana cannot be had that way: in its place a server answers its health check. Nor can the
+OpenTelemetry collector and Jaeger: in their place `not_traces.py` passes on what comes, and keeps it.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -18,13 +20,14 @@ from tests.compose.engine import Engine
 
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 LIBRARIES = "ca-certificates,netbase,libssl3,libffi8,libsqlite3-0,libreadline8,libbz2-1.0,liblzma5,libuuid1,zlib1g"
-PACKAGES = ("prometheus", "prometheus-redis-exporter", "redis-tools", "busybox")
+PACKAGES = ("prometheus", "prometheus-redis-exporter", "redis-tools", "busybox", "python3")
 PATH = "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NOT_GRAFANA = (
     'RUN ["install", "-d", "-o", "472", "/var/lib/grafana", "/srv/api"]',
     'RUN ["sh", "-c", "echo this is not Grafana > /srv/api/health"]',
     'ENTRYPOINT ["busybox", "httpd", "-f", "-p", "3000", "-h", "/srv"]',
 )
+NOT_TRACES = ["python3", "-c", Path(__file__).with_name("not_traces.py").read_text(encoding="utf-8")]
 IN_A_CHROOT = (
     "printf '#!/bin/sh\\nexit 101\\n' > /usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d && apt-get update -q"
     " && apt-get install -yq --no-install-recommends {packages} && apt-get clean && rm -rf /var/lib/apt/lists/*"
@@ -34,7 +37,7 @@ Images = dict[str, str]
 
 
 def make(directory: Path, engine: Engine, images: Images) -> None:
-    """What the engine lacks of `images`: python, uv, valkey, valkey-exporter, prometheus, grafana."""
+    """What the engine lacks of `images`: the bases of builds, and each service that is not built."""
     directory.mkdir(parents=True, exist_ok=True)
     base = _made(directory / "base", _debian)
     python = _made(directory / "python", _with_python, base)
@@ -51,6 +54,8 @@ def make(directory: Path, engine: Engine, images: Images) -> None:
         ("valkey-exporter", "valkey", ["WORKDIR /", 'ENTRYPOINT ["/redis_exporter"]']),
         ("prometheus", "valkey", ["WORKDIR /prometheus", 'ENTRYPOINT ["/usr/bin/prometheus"]']),
         ("grafana", "valkey", [*NOT_GRAFANA]),
+        ("otel-collector", "valkey", [f"ENTRYPOINT {json.dumps([*NOT_TRACES, 'http://jaeger:4318'])}"]),
+        ("jaeger", "valkey", [f"ENTRYPOINT {json.dumps(NOT_TRACES)}"]),
     ):
         if not _has(engine, images[name]):
             dockerfile = "\n".join([f"FROM {images[base_of_it]}", *lines]) + "\n"

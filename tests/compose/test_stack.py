@@ -7,6 +7,8 @@ SLUICE_COMPOSE_KEEP is set: then the next run finds what this one has built.
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
 import re
@@ -27,11 +29,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from openai import OpenAI
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.compose import stand_ins
 from tests.compose.engine import Engine, Namespace, missing, status_of, until
 from tests.compose.mirror import build_options
-from tests.compose.test_files import DOCKERFILE, ONCE, composed
+from tests.compose.test_files import DOCKERFILE, ENDPOINT, ONCE, PROFILES, composed
 from tests.processes import ROOT
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(3600)]
@@ -39,6 +42,7 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(3600)]
 BUILD_S, START_S, RECOVER_S = 1800.0, 1500, 1200.0
 SERVERS = ("valkey", "valkey-exporter", "worker", "gateway", "prometheus", "grafana")
 URL, ADMIN_URL, PROMETHEUS_URL = "http://127.0.0.1:8000", "http://127.0.0.1:8001", "http://127.0.0.1:9090"
+JAEGER_URL, OTLP_URL = "http://127.0.0.1:16686", "http://otel-collector:4318/v1/traces"
 TARGETS = {"worker-cpu": "worker", "recipes": "recipes", "gateway": "gateway"}
 TOKENS = 800
 """Of a stream that is stopped in its midst: half a minute's work, more or less."""
@@ -108,7 +112,7 @@ def directory() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def images() -> stand_ins.Images:
     """What is asked for, by what for."""
-    found = {name: service["image"] for name, service in composed("cpu")["services"].items()}
+    found = {name: service["image"] for name, service in composed("traces")["services"].items()}
     arguments = dict(re.findall(r"^ARG (\w+)_IMAGE=(\S+)$", DOCKERFILE, re.MULTILINE))
     return found | {name.lower(): image for name, image in arguments.items()}
 
@@ -136,12 +140,13 @@ def stack(directory: Path, built: None) -> Iterator[Stack]:
                 print(engine.compose("logs", "--tail", "30"))
                 raise
             finally:
-                engine.compose("down", "--volumes", "--timeout", "5", timeout_s=300)
+                engine.compose(*PROFILES["traces"], "down", "--volumes", "--timeout", "5", timeout_s=300)
 
 
-def start(engine: Engine) -> None:
+def start(engine: Engine, profile: str = "cpu", **variables: str) -> None:
     waiting = ("--detach", "--wait", "--wait-timeout", str(START_S))
-    engine.compose("up", "--no-build", "--pull", "never", *waiting, timeout_s=START_S + 60)
+    command = (*PROFILES[profile], "up", "--no-build", "--pull", "never", *waiting)
+    engine.compose(*command, timeout_s=START_S + 60, **variables)
 
 
 @contextmanager
@@ -334,3 +339,22 @@ def test_a_second_start_keeps_the_secrets(stack: Stack) -> None:
     assert [stack.secret(name) for name in ("client_key", "admin_key")] == before
     stack.serves()
     assert stack.answer(stack.client(), max_tokens=2).choices[0].message.content
+
+
+def test_spans_come_by_the_collector_to_jaeger(stack: Stack) -> None:
+    """The way alone: what stands in for both does not read the collector's configuration."""
+    start(stack.engine, "traces", **{ENDPOINT: OTLP_URL})
+    stack.serves()
+    assert stack.answer(stack.client(), max_tokens=4).choices[0].message.content
+
+    def spans() -> set[str]:
+        bodies = [base64.b64decode(line) for line in stack.get(JAEGER_URL).content.splitlines()]
+        found = [ExportTraceServiceRequest.FromString(unpacked(body)) for body in bodies]
+        scopes = [scope for one in found for resource in one.resource_spans for scope in resource.scope_spans]
+        return {span.name for scope in scopes for span in scope.spans}
+
+    until(lambda: spans() >= {"chat smollm2", "queue", "attempt"}, "the spans of a request are there", 120)
+
+
+def unpacked(body: bytes) -> bytes:
+    return gzip.decompress(body) if body.startswith(b"\x1f\x8b") else body

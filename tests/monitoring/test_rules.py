@@ -59,6 +59,38 @@ def test_the_dashboards_are_what_their_code_says() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_tenants_share_is_measured_against_its_weight(binaries: Binaries, tmp_path: Path) -> None:
+    """Weights 3 and 1, served 3 and 2 of 5: the one gets 60 % where 75 % are its due, the other 40 % where 25 % are.
+
+    Two replicas say the same of the weights; who is not served, or shares a series with others, counts for nothing.
+    """
+    (target,) = next(
+        panel.targets for panel in dashboards()["queue"][1] if panel.title == "Share of the tokens against weight"
+    )
+    tokens = {"shop": 3, "lab": 2, "idle": 0, "other": 9}
+    weights = {"shop": 3, "lab": 1, "idle": 5}
+    series = [(f'sluice_tenant_tokens_total{{tenant="{name}"}}', f"0+{more}x20") for name, more in tokens.items()]
+    series += [
+        (f'sluice_tenant_weight{{tenant="{name}", instance="{replica}"}}', f"{weight}x20")
+        for name, weight in weights.items()
+        for replica in ("a", "b")
+    ]
+    expected = {"shop": 0.8, "lab": 1.6, "idle": 0.0}
+    case = {
+        "expr": f"round({target.query(300)}, 0.001)",
+        "eval_time": "15m",
+        "exp_samples": [{"labels": f'{{tenant="{name}"}}', "value": value} for name, value in expected.items()],
+    }
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series],
+        "promql_expr_test": [case],
+    }
+    file = tmp_path / "share.yml"
+    file.write_text(yaml.safe_dump({"tests": [test]}))
+    promtool(binaries, "test", "rules", str(file))
+
+
 def test_every_panel_says_what_it_means_to_be_empty() -> None:
     panels = [panel for _, panels in dashboards().values() for panel in panels if panel.targets]
     assert panels

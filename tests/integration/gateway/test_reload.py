@@ -92,9 +92,13 @@ async def test_a_tenants_terms_change(tmp_path: Path) -> None:
     async with FakeWorker("m") as worker, running(tmp_path, worker, **settings) as gateway:
         headers = {"x-sluice-tenant": "acme"}
         assert (await gateway.http.post(CHAT, json=chat(), headers=headers)).status_code == 200
-        gateway.configure(tenants=[{"name": "acme", "models": ["other"]}])
+        gateway.configure(tenants=[{"name": "acme", "weight": 3, "models": ["other"]}])
         await noted(gateway, "applied")
         assert (await gateway.http.post(CHAT, json=chat(), headers=headers)).status_code == 404
+        assert (await gateway.scrape()).sum("sluice_tenant_weight", tenant="acme") == 3
+        gateway.configure(tenants=[])
+        await noted(gateway, "applied", 2)
+        assert (await gateway.scrape()).sum("sluice_tenant_weight", tenant="acme") == 1
 
 
 BAD: dict[str, Any] = {
@@ -117,6 +121,7 @@ async def test_a_bad_file_changes_nothing(tmp_path: Path, fault: str) -> None:
         await noted(gateway, "refused")
         assert (await gateway.scrape()).sum("sluice_config_reload_success") == 0
         assert await asked(gateway) == 200
+        assert not (await gateway.scrape()).sum("sluice_tenant_weight")
         refused = await gateway.operators.post("/admin/reload")
         assert refused.status_code == 400
         assert refused.json()["error"]["message"].startswith("The configuration is refused")
@@ -127,6 +132,8 @@ async def test_a_bad_file_changes_nothing(tmp_path: Path, fault: str) -> None:
 
 
 def spoiled(config: dict[str, Any], fault: str) -> bytes:
+    """With something good beside it, which must not be taken either."""
+    config["tenants"] = [{"name": "acme", "weight": 9}]
     variant = config["models"][0]["variants"][0]
     if fault == "another listener":
         config["listen"]["processes"] = 3
@@ -245,14 +252,17 @@ async def serving(gateway: GatewayProcess, *workers: FakeWorker) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
-async def test_a_names_addresses_come_and_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["configuration", "file"])
+async def test_a_names_addresses_come_and_go(tmp_path: Path, place: str) -> None:
     """The system's own resolver, with a hosts file that only this gateway sees."""
-    hosts = tmp_path / "hosts"
+    hosts, listed = tmp_path / "hosts", tmp_path / "workers.yaml"
     async with FakeWorker("m", host="127.0.0.2") as one:
         async with FakeWorker("m", host="127.0.0.3", port=one.port) as two:
             hosts.write_text("127.0.0.2 pods.sluice.test\n")
             dns = {"dns": f"pods.sluice.test:{one.port}", "served_model": "m"}
-            models = [{"name": "m", "variants": [{"name": "v", "workers": [dns]}]}]
+            listed.write_text(yaml.safe_dump([dns]))
+            workers = {"workers": [dns]} if place == "configuration" else {"workers_file": str(listed)}
+            models = [{"name": "m", "variants": [{"name": "v", **workers}]}]
             privately = ["unshare", "-m", "sh", "-c", f'mount --bind {hosts} /etc/hosts && exec "$@"', "-"]
             async with GatewayProcess(tmp_path, models, wrapper=privately, **QUICK) as gateway:
                 await serving(gateway, one)

@@ -7,6 +7,7 @@ import itertools
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,6 +24,10 @@ SLOTS = 6
 ASKERS = 4  # of six slots: about 70 %
 LOOK_S = 0.2
 NOTICE_S = 20 * LOOK_S
+QUICK = chat("a b c", stream=True, x_timing={"decode_s": 0.05})
+LONG_TOKENS = 8
+LONG = chat(stream=True, max_tokens=LONG_TOKENS, ignore_eos=True, x_timing={"decode_s": 1.5 * NOTICE_S / LONG_TOKENS})
+"""One that is still open when nobody new is taken any more."""
 
 
 @dataclass
@@ -44,6 +49,15 @@ class Balancer:
             return (await probe.get(f"{replica.url}/readyz")).status_code == 200
         except httpx.TransportError:
             return False
+
+
+async def read(replica: GatewayProcess, body: dict[str, Any], begun: asyncio.Event) -> None:
+    """All of a stream, which must be whole."""
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", replica.url + CHAT, json=body) as answer:
+        assert answer.status_code == 200
+        begun.set()
+        content = await answer.aread()
+    assert events(content)[-1].data == DONE
 
 
 async def test_nobody_notices(tmp_path: Path) -> None:
@@ -74,11 +88,7 @@ async def test_nobody_notices(tmp_path: Path) -> None:
                     await asyncio.sleep(LOOK_S)
                     continue
                 replica = ready[next(turns) % len(ready)]
-                async with httpx.AsyncClient(timeout=60) as client:
-                    body = chat("a b c", stream=True, x_timing={"decode_s": 0.05})
-                    answer = await client.post(replica.url + CHAT, json=body)
-                assert answer.status_code == 200, answer.text
-                assert events(answer.content)[-1].data == DONE
+                await read(replica, QUICK, asyncio.Event())
                 served.append(replica.url)
 
         askers = [asyncio.create_task(ask(number)) for number in range(ASKERS)]
@@ -88,8 +98,12 @@ async def test_nobody_notices(tmp_path: Path) -> None:
 
         for replica in replicas:
             await until(all_ready, "all replicas are ready", 60)
+            begun = asyncio.Event()
+            reading = asyncio.create_task(read(replica, LONG, begun))
+            await asyncio.wait_for(begun.wait(), 60)
             replica.process.terminate()
             assert await asyncio.to_thread(replica.process.wait, 60) == 0
+            await reading
             await replica.__aexit__()
             await replica.__aenter__()
             await replica.ready(worker)

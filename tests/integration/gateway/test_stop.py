@@ -17,9 +17,11 @@ import pytest
 
 from tests.fakes.reading import DONE, events
 from tests.fakes.worker import FakeWorker
+from tests.integration.admission.fleet import Dump
 from tests.integration.gateway.asking import CHAT, chat
 from tests.integration.gateway.running import GatewayProcess, model, until
 from tests.integration.gateway.wire import connected, dechunked
+from tests.processes import Valkey
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -204,15 +206,23 @@ async def test_an_answer_that_has_not_begun_by_the_limit_is_refused(tmp_path: Pa
 
 @pytest.mark.parametrize("processes", [1, 2])
 async def test_a_second_signal_ends_it_at_once(tmp_path: Path, processes: int) -> None:
-    async with running(tmp_path, listen={"processes": processes}) as (gateway, worker):
-        worker.hold()
-        async with connected(gateway.url) as wire:
-            await wire.post(CHAT, chat(stream=True))
-            await worker.wait_for(running=1)
-            gateway.process.signal(signal.SIGINT)
-            await refuses(gateway)
-            begun = time.monotonic()
-            gateway.process.signal(signal.SIGINT)
-            assert await ended(gateway) == 0
-            assert time.monotonic() - begun < 25  # waiting requests get 30 s of a drain
-            await worker.wait_for(open=0)
+    """At once, and still in order: the client is told, and its slot is free before its lease ends."""
+    with Valkey(tmp_path) as valkey:
+        settings = {"listen": {"processes": processes}, "redis": {"url": valkey.url}}
+        async with running(tmp_path, **settings) as (gateway, worker):
+            worker.hold()
+            async with connected(gateway.url) as wire:
+                await wire.post(CHAT, chat(stream=True))
+                await worker.wait_for(running=1)
+                assert len(Dump(valkey.url).leases) == 1
+                gateway.process.signal(signal.SIGINT)
+                await refuses(gateway)
+                begun = time.monotonic()
+                gateway.process.signal(signal.SIGINT)
+                status, _, body = await wire.answer()
+                assert status == 503
+                assert json.loads(body)["error"]["code"] == "draining"
+                assert await ended(gateway) == 0
+                assert time.monotonic() - begun < 25  # waiting requests get 30 s of a drain
+                assert not Dump(valkey.url).leases
+                await worker.wait_for(open=0)
