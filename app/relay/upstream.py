@@ -46,7 +46,6 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._busy = False
         self.idle_since = 0.0
-        self.is_open = True
         self._reset()
 
     def _reset(self) -> None:
@@ -66,6 +65,11 @@ class Connection(asyncio.Protocol):
         self._keeps_alive = False
 
     # -- what the relay calls --------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can carry a request: no longer from when the loop closes it, before it says `connection_lost`."""
+        return not self._transport.is_closing()
 
     @property
     def buffered_bytes(self) -> int:
@@ -147,7 +151,6 @@ class Connection(asyncio.Protocol):
         return reusable
 
     def abort(self) -> None:
-        self.is_open = False
         self._disarm()
         self._transport.abort()
 
@@ -236,7 +239,6 @@ class Connection(asyncio.Protocol):
             self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.is_open = False
         self._disarm()
         if self._busy:
             self._break(WorkerLost("The worker closed the connection before its answer was complete."))
@@ -363,6 +365,8 @@ class Upstream:
             raise ConnectFailed(f"no connection within {self._limits.connect_timeout_s} s") from None
         except OSError as error:
             raise ConnectFailed(tls_failure(error) or error.strerror or str(error)) from error
+        if not connection.is_open:  # as a proxy does that has nobody behind it
+            raise ConnectFailed("it hung up as soon as it was connected to")
         return connection
 
     def _close_stale(self) -> None:

@@ -22,8 +22,9 @@ async def _turns() -> None:
 class FaultProxy:
     """Listens on a free port of 127.0.0.1 and carries bytes to `port` there, as its faults allow.
 
-    `latency_s` delays each direction. While `is_silent`, connections open and nothing passes. Its faults hold for
-    connections that are open and for those to come. With `tls` its clients speak TLS to it, as to a server that does.
+    `latency_s` delays each direction. While `is_silent`, connections open and nothing passes. While `hangs_up`, a new
+    connection is closed at once. Its other faults hold for connections that are open and for those to come. With `tls`
+    its clients speak TLS to it, as to a server that does.
     """
 
     def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
@@ -36,6 +37,7 @@ class FaultProxy:
         self._passes = asyncio.Event()
         self._passes.set()
         self.latency_s = 0.0
+        self.hangs_up = False
         self.port = 0
         self.replies_dropped = 0
 
@@ -92,6 +94,8 @@ class FaultProxy:
             writer.transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.hangs_up:
+            return
         await self._passes.wait()
         upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self._target)
         self._writers |= {writer, upstream}

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.fakes.fault_proxy import FaultProxy
 from tests.fakes.reading import DONE, Event, events
 from tests.fakes.worker import FakeWorker
 from tests.integration.gateway.asking import CHAT, MESSAGES, RESPONSES, chat, minted_id, renamed, unstamped
 from tests.integration.gateway.conftest import House, ShortTempered
-from tests.integration.gateway.running import GatewayProcess
+from tests.integration.gateway.running import GatewayProcess, until
 from tests.integration.gateway.wire import connected, dechunked
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 WORDS = ["one", " two", " three", " four", " five"]
 USAGE = {"include_usage": True}
+UNREACHED = {(502, "worker_lost"), (503, "no_healthy_worker")}
 
 
 async def stream_of(url: str, body: dict[str, Any], path: str = CHAT) -> tuple[list[Event], bool]:
@@ -176,6 +179,25 @@ async def test_a_stream_that_never_began_is_an_honest_status(house: House, fault
     answer = await house.gateway.http.post(CHAT, json=chat(stream=True, x_fault=fault))
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
+
+
+async def test_a_worker_that_hangs_up_at_once_is_an_honest_status(tmp_path: Path) -> None:
+    """As a proxy does whose worker is gone. It never saw the request: once it takes connections again, it is served."""
+    async with FakeWorker("m") as worker, FaultProxy(worker.port) as proxy:
+        seen = {"url": f"http://127.0.0.1:{proxy.port}", "served_model": "m"}
+        models = [{"name": "m", "variants": [{"name": "v", "workers": [seen]}]}]
+        short = {"no_worker_timeout_s": 0.3}
+        async with GatewayProcess(tmp_path, models, admission=short) as gateway:
+            for _ in range(10):
+                proxy.hangs_up = True
+                answer = await gateway.http.post(CHAT, json=chat())
+                assert (answer.status_code, answer.json()["error"]["code"]) in UNREACHED
+                proxy.hangs_up = False
+
+            async def is_served() -> bool:
+                return (await gateway.http.post(CHAT, json=chat())).status_code == 200
+
+            await until(is_served, "served again")
 
 
 async def test_a_large_answer_is_an_answer(house: House) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
+import uvloop
 
 from app.catalogue import WorkerAddress
 from app.errors import UpstreamBadResponse, UpstreamStalled, UpstreamTimeout, WorkerLost
@@ -198,7 +200,7 @@ async def test_headers_that_dribble_are_no_first_byte() -> None:
     server = await asyncio.start_server(dribble, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     upstream = Upstream(WorkerAddress("w", "127.0.0.1", port, "m", 1), Limits(first_byte_timeout_s=0.1))
-    async with server, asyncio.timeout(30):
+    async with server, asyncio.timeout(20):
         with pytest.raises(UpstreamTimeout):
             await read_all(upstream)
         await ended.wait()
@@ -248,6 +250,47 @@ async def test_nobody_listens() -> None:
     upstream = Upstream(WorkerAddress(f"127.0.0.1:{port}", "127.0.0.1", port, "m", 1), Limits())
     with pytest.raises(ConnectFailed):
         await upstream.send("/", (), b"{}")
+
+
+class LateLoop(asyncio.SelectorEventLoop):
+    """One that tells of a new connection only when it has been lost again."""
+
+    async def create_connection(self, *arguments: Any, **options: Any) -> Any:
+        transport, protocol = await super().create_connection(*arguments, **options)
+        while not transport.is_closing():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
+        return transport, protocol
+
+
+@pytest.mark.parametrize("new_loop", [LateLoop, uvloop.new_event_loop])
+def test_a_worker_that_hangs_up_as_soon_as_it_is_connected_to(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """However far the hang-up has come when the request is sent: never a request that waits for its time to run out."""
+
+    async def asked() -> None:
+        server = await asyncio.start_server(lambda _, writer: writer.transport.abort(), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        upstream = Upstream(WorkerAddress(f"127.0.0.1:{port}", "127.0.0.1", port, "m", 1), Limits())
+        async with server, asyncio.timeout(20):
+            for _ in range(50):
+                with pytest.raises((ConnectFailed, WorkerLost)):
+                    await read_all(upstream)
+        upstream.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(asked())
+
+
+async def test_a_connection_that_is_being_closed_is_not_used_again() -> None:
+    """The loop closes it some turns before it says that it is lost."""
+    script = Script(OK + b"content-length: 2\r\n\r\n{}", OK + b"content-length: 2\r\n\r\n[]")
+    async with script.running() as upstream:
+        assert await read_all(upstream) == b"{}"
+        upstream._idle[0]._transport.close()
+        assert await read_all(upstream) == b"[]"
+    assert script.connections == 2
 
 
 async def test_a_reader_that_does_not_read_pauses_the_worker() -> None:
