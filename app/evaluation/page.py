@@ -70,7 +70,7 @@ def page(model: str, rows: Sequence[Row], picture: str) -> str:
         *_slower(rows),
         "## Quality, against the dense variant",
         _table(
-            ("variant", "relative", "KL nats/token", "JS nats/token", "top-1", "perplexity ×", *TASKS, "gate"),
+            ("variant", "gate", "relative", "KL nats/token", "JS nats/token", "top-1", "perplexity ×", *TASKS),
             rows,
             _quality,
         ),
@@ -172,12 +172,12 @@ def _performance(row: Row, rows: Sequence[Row]) -> list[str]:
 def _quality(row: Row, _rows: Sequence[Row]) -> list[str]:
     quality = row.card.quality
     if quality is None:
-        return [NONE] * (5 + len(TASKS)) + ["not measured" if row.verdict.passed else str(row.verdict)]
+        return ["not measured" if row.verdict.passed else str(row.verdict)] + [NONE] * (5 + len(TASKS))
     values: list[Estimate] = [
         quality.relative, quality.kl_nats_per_token, quality.js_nats_per_token, quality.top1_agreement,
         quality.perplexity_ratio,
     ]  # fmt: skip
-    return [*map(str, values), *(_task(row.card, task) for task in TASKS), str(row.verdict)]
+    return [str(row.verdict), *map(str, values), *(_task(row.card, task) for task in TASKS)]
 
 
 def _task(card: Card, task: TaskName) -> str:
