@@ -177,11 +177,10 @@ async def test_a_replica_that_is_named_is_not_used(guarded: Guarded, tmp_path: P
     with SentinelProcess(tmp_path / "mistaken", guarded.replica.port, 2) as mistaken:
         way = RedisServer(watched([mistaken.node]))
         with pytest.raises(redis.ConnectionError, match="is not a primary"):
-            await way.connected()
-        client = way.client(1)
-        with pytest.raises(redis.ConnectionError, match="is not a primary"):
-            await client.get("x")
-        await client.aclose()
+            await (await way.connected()).disconnect()
+        async with aclosing(way.client(1)) as client:
+            with pytest.raises(redis.ConnectionError, match="is not a primary"):
+                await client.get("x")
 
 
 async def noted(keys: RedisKeys, key_id: str) -> None:

@@ -276,3 +276,6 @@ async def test_a_names_addresses_come_and_go(tmp_path: Path, place: str) -> None
                 hosts.write_text("")
                 await serving(gateway)
                 assert await asked(gateway) == 503
+                hosts.write_text("127.0.0.2 pods.sluice.test\n")
+                await serving(gateway, one)
+                assert await asked(gateway) == 200

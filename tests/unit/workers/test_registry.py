@@ -1,4 +1,4 @@
-"""What the registry learns of its workers' latencies."""
+"""What the registry learns of its workers' latencies, and when it lets go of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from app.workers.worker import FAILURE_SLOWNESS, LATENCY_FADING, Worker
 @pytest.fixture
 def registry() -> Registry:
     """Two workers of one pool."""
-    workers = tuple(settings.Worker(url=f"http://127.0.0.1:{port}") for port in (1, 2))
+    return Registry(catalogue(1, 2), open_log(settings.Logs(level="error")))
+
+
+def catalogue(*ports: int) -> Catalogue:
+    workers = tuple(settings.Worker(url=f"http://127.0.0.1:{port}") for port in ports)
     model = settings.Model(name="m", variants=(settings.Variant(name="v", workers=workers),))
-    return Registry(Catalogue.of((model,)), open_log(settings.Logs(level="error")))
+    return Catalogue.of((model,))
 
 
 def pair(registry: Registry) -> tuple[Worker, Worker]:
@@ -88,3 +92,19 @@ def test_a_worker_that_returns_has_no_past(registry: Registry) -> None:
     registry.change(worker, transitions.refused(worker.condition, "gone"))
     registry.change(worker, transitions.proven(worker.condition, 1.0))
     assert (worker.latency_s, worker.slowness) == (0.0, 1.0)
+
+
+def test_who_leaves_is_known_as_long_as_it_holds_something_or_is_named(registry: Registry) -> None:
+    """By a ticket that waits for it, say: a grant must find it."""
+    leaving, staying = pair(registry)
+    leaving.in_flight = 1
+    registry.adopt(catalogue(2))
+    assert list(registry) == [staying]
+    registry.forget(lambda worker: False)
+    assert registry[leaving.id] is leaving
+    leaving.in_flight = 0
+    registry.forget(lambda worker: worker is leaving)
+    assert registry[leaving.id] is leaving
+    registry.forget(lambda worker: worker is staying)
+    assert registry.find(leaving.id) is None
+    assert registry[staying.id] is staying
