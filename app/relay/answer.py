@@ -10,11 +10,14 @@ from typing import Protocol
 from app.errors import GatewayError, WorkerLost
 from app.inference import InferenceRequest
 from app.relay.dialect import TOKEN, dialect_of
+from app.relay.likeness import Likeness
 from app.relay.sse import EventSplitter, data_of
 from app.relay.upstream import Connection
 from app.telemetry.account import Account
 
 AFTER_LAST_EVENT_S = 1.0
+LESSONS = 16
+"""How often a stream is looked at for what its chunks have in common: in some they have nothing."""
 
 JSON_TYPE = b"application/json"
 SSE_TYPE = b"text/event-stream"
@@ -25,6 +28,9 @@ class Sink(Protocol):
 
     def write(self, part: bytes) -> None:
         """Send, or buffer, `part`. Never waits."""
+
+    def chunk_writer(self) -> Callable[[bytes], None] | None:
+        """What sends a part that is framed already, as one chunk of HTTP/1.1; None for a client that knows none."""
 
     def on_pause(self, listener: Callable[[bool], None] | None) -> None:
         """Have `listener` told when the client does not keep up (True), and when it does again (False)."""
@@ -117,6 +123,8 @@ class StreamedAnswer(Answer):
         "_ended",
         "_has_error",
         "_hides_usage",
+        "_lessons",
+        "_likeness",
         "_splitter",
         "stream",
     )
@@ -138,6 +146,8 @@ class StreamedAnswer(Answer):
         self._connection = stream.held.open_connection
         self._begun = stream.begun
         self._splitter = EventSplitter()
+        self._likeness: Likeness | None = None  # there is one only while the splitter has nothing pending
+        self._lessons = LESSONS
         self._ended = False
         self._has_error = False
 
@@ -171,7 +181,7 @@ class StreamedAnswer(Answer):
             if self._ended and not done.done():
                 done.set_result(None)
 
-        connection.listen(arrived)
+        connection.listen(arrived, self._passer(sink.chunk_writer()))
         sink.on_pause(connection.hold)
         try:
             arrived()
@@ -183,6 +193,22 @@ class StreamedAnswer(Answer):
             sink.on_pause(None)
             connection.listen(None)
         await self._await_end()
+
+    def _passer(self, write: Callable[[bytes], None] | None) -> Callable[[bytes], bool] | None:
+        """The short way of a chunk that differs from one before it in its text only: as it came, frame and all."""
+        if write is None:
+            return None
+        token, clock = self._account.token, self._clock
+
+        def passes(chunk: bytes) -> bool:
+            likeness = self._likeness
+            if likeness is None or not likeness.has(chunk):
+                return False
+            token(clock())
+            write(chunk)
+            return True
+
+        return passes
 
     def _digest(self) -> bytes | None:
         """What the next bytes from the worker mean for the client; None while none have come."""
@@ -202,7 +228,11 @@ class StreamedAnswer(Answer):
         only = self._splitter.only_data(data)
         if only is not None and self._dialect.read(only) is TOKEN:  # nearly always, so it has a short way
             self._account.token(self._clock())
+            if self._lessons:
+                self._lessons -= 1
+                self._likeness = Likeness.of(data) or self._likeness
             return data
+        self._likeness = None
         return self._take(self._splitter.feed(data))
 
     def _take(self, events: list[bytes]) -> bytes:
