@@ -34,6 +34,39 @@ class ConnectFailed(Exception):
 class Connection(asyncio.Protocol):
     """One connection to a worker; carries one exchange at a time. None of its callbacks waits."""
 
+    __slots__ = (
+        "_answered",
+        "_buffered",
+        "_busy",
+        "_error",
+        "_gap_timeout_s",
+        "_head_bytes",
+        "_held",
+        "_is_between_chunks",
+        "_keeps_alive",
+        "_limits",
+        "_listener",
+        "_longest_sleep_s",
+        "_loop",
+        "_parser",
+        "_parts",
+        "_paused",
+        "_progress",
+        "_since",
+        "_started",
+        "_timer",
+        "_transport",
+        "_waiter",
+        "has_body_begun",
+        "headers",
+        "idle_since",
+        "is_complete",
+        "is_open",
+        "is_over",
+        "passer",
+        "status",
+    )
+
     def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits, progress: Progress) -> None:
         self._loop = loop
         self._limits = limits
@@ -43,7 +76,9 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._listener: Callable[[], None] | None = None
-        self._passer: Callable[[bytes], bool] | None = None
+        self.passer: Callable[[bytes], bool] | None = None
+        """A listener's short way: shown first, as it came on the wire, what arrives between two chunks of a chunked
+        body. It says whether that was exactly one whole chunk and is dealt with; then nobody else hears of it."""
         self._timer: asyncio.TimerHandle | None = None
         self._busy = False
         self.idle_since = 0.0
@@ -127,13 +162,10 @@ class Connection(asyncio.Protocol):
         finally:
             self._waiter = None
 
-    def listen(self, listener: Callable[[], None] | None, passer: Callable[[bytes], bool] | None = None) -> None:
-        """Have `listener` called whenever `take` has something new to say, in the callback in which it arrives.
-
-        `passer` is shown before, as it came on the wire, what arrives between two chunks of a chunked body. It says
-        whether it was exactly one whole chunk and is dealt with: then nobody else hears of it.
-        """
-        self._listener, self._passer = listener, passer
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Have `listener` called whenever `take` has something new to say, in the callback in which it arrives."""
+        self._listener = listener
+        self.passer = None
         self._since = self._loop.time()
 
     def hold(self, is_held: bool) -> None:
@@ -146,7 +178,7 @@ class Connection(asyncio.Protocol):
     def finish(self) -> bool:
         """End the exchange. True when the connection may carry another one; otherwise it is closed at once."""
         self._busy = False
-        self._listener = self._passer = None
+        self._listener = self.passer = None
         reusable = self.is_open and self.is_complete and self._error is None and self._keeps_alive
         if not reusable:
             self.abort()
@@ -222,7 +254,8 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         self._since = self._progress.heard = self._loop.time()
-        if self._is_between_chunks and self._passer is not None and self._passer(data):
+        passer = self.passer
+        if passer is not None and self._is_between_chunks and passer(data):
             return
         try:
             self._parser.feed_data(data)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from app.inference import InferenceRequest, Route, TokenUsage
 from app.relay.answer import LESSONS, BegunStream, StreamedAnswer
-from app.relay.likeness import Likeness
+from app.relay.passage import Passage, Way
 from app.relay.upstream import Connection
 from app.settings import Logs
 from app.settings import Relay as Limits
@@ -99,7 +99,10 @@ def relayed(pieces: list[bytes], client: Client) -> Seen:
         await asyncio.sleep(0)
         for piece in pieces:
             if not line.closed:
-                connection.data_received(piece)
+                try:
+                    connection.data_received(piece)
+                except RuntimeError:
+                    pytest.fail("the worker's connection was told of it")
         connection.connection_lost(None)
         await pouring
         return client.body, account.timeline.token_chunks, account.usage, answer.is_whole
@@ -156,7 +159,16 @@ def arrivals(draw: st.DrawFn) -> list[bytes]:
     return [stream[start:end] for start, end in pairwise(sorted(marks))]
 
 
+EVENT = CHUNK % b"tok"
+LOOKS_WHOLE = framed(EVENT) + b"\n\n"
+LONGER = EVENT + b"\r\n: " + b"x" * (0x100 - 6) + b"\n\n"
+
+
+@settings(max_examples=300)
 @given(arrivals())
+@example([framed(EVENT), framed(b"data: half an event\n"), framed(EVENT)])
+@example([framed(EVENT), b"%x\r\n" % len(LOOKS_WHOLE), framed(EVENT), b"\n\n\r\n"])
+@example([framed(EVENT), b"1", framed(EVENT), framed(LONGER)[len(framed(EVENT)) + 1 :]])
 def test_the_short_way_ends_where_the_long_one_does(pieces: list[bytes]) -> None:
     assert relayed(pieces, Client(takes_chunks=True)) == relayed(pieces, Client(takes_chunks=False))
 
@@ -178,17 +190,31 @@ def test_a_stream_whose_chunks_have_nothing_in_common_is_soon_left_alone() -> No
     assert (client.passed, tokens) == ([], LESSONS + 3)
 
 
+def passage(event: bytes) -> Passage | None:
+    return Passage.like(event, Way(lambda chunk: None, lambda now: None, lambda error: None, lambda: 0.0))
+
+
 @pytest.mark.parametrize("key", ["content", "text", "reasoning", "reasoning_content"])
-def test_an_event_has_a_likeness_by_its_text(key: str) -> None:
+def test_what_differs_in_its_text_only_passes(key: str) -> None:
     event = b'data: {"id":"content","choices":[{"%b":"one","n":null}]}\n\n' % key.encode()
-    likeness = Likeness.of(event)
-    assert likeness is not None
-    assert likeness.has(framed(event))
-    assert likeness.has(framed(event.replace(b"one", b"another")))
+    alike = passage(event)
+    assert alike is not None
+    assert alike.take(framed(event))
+    assert alike.take(framed(event.replace(b"one", b"another")))
     for other in (b"", b'o"ne', b"o\\u0041", b"o\nne", b"o\rne", b"o\x00ne"):
-        assert not likeness.has(framed(event.replace(b"one", other)))
+        assert not alike.take(framed(event.replace(b"one", other)))
 
 
-def test_without_text_there_is_no_likeness() -> None:
-    assert Likeness.of(ROLE) is None
-    assert Likeness.of(CHUNK % b"\\n") is None
+def test_without_text_nothing_passes() -> None:
+    assert passage(ROLE) is None
+    assert passage(CHUNK % b"\\n") is None
+
+
+def test_a_client_that_cannot_be_written_to_is_no_fault_of_the_worker() -> None:
+    class Gone(Client):
+        def _write_chunk(self, chunk: bytes) -> None:
+            raise RuntimeError("the handler is closed")
+
+    chunks = [framed(CHUNK % text) for text in (b"a", b"b")]
+    with pytest.raises(RuntimeError, match="the handler is closed"):
+        relayed(chunks, Gone(takes_chunks=True))
