@@ -177,7 +177,7 @@ class StreamedAnswer(Answer):
                 while not self._ended and (part := self._digest()) is not None:
                     if part:
                         write(part)
-                    if not connection.is_over:  # all that has come was taken
+                    if not (connection.is_over or connection.buffered_bytes):  # all that has come was taken
                         break
             except Exception as error:  # noqa: BLE001 - a callback: the error belongs to who awaits `done`
                 failed(error)

@@ -61,7 +61,6 @@ class Connection(asyncio.Protocol):
         "headers",
         "idle_since",
         "is_complete",
-        "is_open",
         "is_over",
         "passer",
         "status",

@@ -47,11 +47,14 @@ def unframed(body: bytes) -> bytes:
 
 
 class Client:
-    """Where an answer is poured. `passed` is what came in frames of the worker's; with `takes_chunks` off, nothing."""
+    """Where an answer is poured. `passed` is what came in frames of the worker's; with `takes_chunks` off, nothing.
+
+    `at_once` is what it got of what had come before it was poured.
+    """
 
     def __init__(self, *, takes_chunks: bool) -> None:
         self.passed: list[bytes] = []
-        self.body = b""
+        self.body = self.at_once = b""
         self._takes_chunks = takes_chunks
 
     def write(self, part: bytes) -> None:
@@ -84,8 +87,11 @@ def account_of(loop: asyncio.AbstractEventLoop) -> tuple[InferenceRequest, Accou
 Seen = tuple[bytes, int, TokenUsage | None, bool]
 
 
-def relayed(pieces: list[bytes], client: Client) -> Seen:
-    """What a client got of a worker's bytes, the tokens counted, the usage learnt, and whether it was whole."""
+def relayed(pieces: list[bytes], client: Client, *, early: int = 0, begun: bytes = ROLE) -> Seen:
+    """What a client got of a worker's bytes, the tokens counted, the usage learnt, and whether it was whole.
+
+    `begun` is read before the answer is poured, and `early` of the `pieces` come in between.
+    """
     loop = SteppingLoop()
     request, account = account_of(loop)
     connection, line = Connection(loop, Limits(), Progress()), Line()
@@ -93,11 +99,14 @@ def relayed(pieces: list[bytes], client: Client) -> Seen:
 
     async def pour() -> Seen:
         connection.start(b"", b"")
-        connection.data_received(HEAD + framed(ROLE))
+        connection.data_received(HEAD + framed(begun))
         answer = StreamedAnswer(BegunStream(Held(connection), await connection.read()), request, account, loop.time)
+        for piece in pieces[:early]:
+            connection.data_received(piece)
         pouring = asyncio.create_task(answer.pour(client))
         await asyncio.sleep(0)
-        for piece in pieces:
+        client.at_once = client.body
+        for piece in pieces[early:]:
             if not line.closed:
                 try:
                     connection.data_received(piece)
@@ -180,6 +189,15 @@ def test_chunks_that_are_alike_are_passed_on_as_they_came() -> None:
     assert client.passed == [chunks[1], chunks[3]]
     assert body == ROLE + CHUNK % b"a" + CHUNK % b"b" + CHUNK % b"\\n" + CHUNK % b"cc" + DONE
     assert (tokens, is_whole) == (4, True)
+
+
+def test_nothing_overtakes_what_came_before_the_answer_was_poured() -> None:
+    events = [CHUNK % text for text in (b"a", b"b", b"c", b"d")]
+    client = Client(takes_chunks=True)
+    body, tokens, _, _ = relayed([framed(event) for event in events[1:]], client, early=1, begun=events[0])
+    assert client.at_once == events[0] + events[1]
+    assert body.startswith(b"".join(events))
+    assert tokens == 4
 
 
 def test_a_stream_whose_chunks_have_nothing_in_common_is_soon_left_alone() -> None:
