@@ -1,6 +1,7 @@
 """The measurement: which load, on which target, in which order, and what is read meanwhile."""
 
 import asyncio
+import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from loadtest.client import ChatRequest
-from loadtest.cpu import MeterError, cpu_between, read_cpu, read_pss_mib
+from loadtest.cpu import CpuReading, MeterError, cpu_between, read_cpu, read_pss_mib
 from loadtest.figures import Figure
 from loadtest.loads import LoadError, OpenLoopResult, closed_loop, idle_streams, open_loop
 from loadtest.pacing import jittered_times, poisson_times
@@ -25,13 +26,36 @@ CHUNK_RATE = 6_000
 """Chunks per second of the open loop that measures added inter-token delay."""
 DIRECT_P99_MS = 5.0
 """A direct reading above this says that other work has the cores; what a target adds to it would be noise."""
-STREAM = ChatRequest(1_000, 64, stream=True)
-"""What a chunk's cost is measured with; the request's own cost, spread over its chunks, is in it."""
-STREAM_ITL_MS = 32.0
-STREAM_S = STREAM.tokens * STREAM_ITL_MS / 1e3
+STREAMS = 64
+CARRIED = 0.95
+"""The part of a load's chunks that must arrive; below it the load is another one than is said."""
+BUSY = 0.9
+"""The part of its cores from which the load is what could not keep up."""
 MARGIN_S = 120.0
 """What one step may take beyond the windows that it measures."""
 WINDOWS_PER_STEP = 4
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Streams of one kind, `itl_ms` between their tokens; the requests' own cost is in that of their chunks."""
+
+    request: ChatRequest
+    itl_ms: float
+
+    @property
+    def length_s(self) -> float:
+        return self.request.tokens * self.itl_ms / 1e3
+
+    @property
+    def chunks_per_s(self) -> float:
+        return STREAMS * 1e3 / self.itl_ms
+
+
+DENSE = Pace(ChatRequest(1_000, 256, stream=True), 10.0)
+"""A chunk each 10 ms, long enough that the chunk is what is measured, and not the request."""
+BRIEF = Pace(ChatRequest(1_000, 64, stream=True), 32.0)
+"""Short answers of a slow engine: a third of the cost are the streams' beginnings and ends."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +101,13 @@ class Findings:
 
 @dataclass(frozen=True)
 class Window:
-    """What happened between two readings: CPU and wall time in ns, answers and content chunks."""
+    """What happened between two readings: CPU and wall time in ns, answers and content chunks.
+
+    `load_cpu_ns` is what worker, client and all else but the target took.
+    """
 
     cpu_ns: int
+    load_cpu_ns: int
     wall_ns: int
     answers: int
     tokens: int
@@ -97,10 +125,12 @@ class Visit:
         pid: int,
         findings: Findings,
         *,
+        load_cores: int = 1,
         margin_s: float = MARGIN_S,
     ) -> None:
         self._target, self._plan, self._repeat = target, plan, repeat
         self._site, self._pid, self._findings = site, pid, findings
+        self._load_cores = load_cores
         self._limit_s = margin_s + WINDOWS_PER_STEP * (plan.warmup_s + plan.window_s)
 
     async def weigh(self) -> None:
@@ -115,6 +145,7 @@ class Visit:
         await self._try("1 MB prompts", self._chat_1m)
         await self._try("streams", self._streams)
         await self._try("streams in step", self._streams_in_step)
+        await self._try("brief streams", self._brief_streams)
         await self._try("open-loop requests", self._added_ttft)
         await self._try("open-loop chunks", self._added_chunk_delay)
 
@@ -144,42 +175,59 @@ class Visit:
         self._findings.add(Figure.CPU_REQUEST_1M, window.cpu_ns / window.answers / 1e3)
 
     async def _streams(self) -> None:
-        """64 streams whose chunks fall due one by one, slowly enough that every chunk is a wake-up of its own."""
-        await self._pace(itl_ms=STREAM_ITL_MS)
-        window = await self._closed_loop(STREAM, connections=64, stagger_s=STREAM_S)
-        self._findings.add(Figure.CPU_CHUNK, window.cpu_ns / window.tokens / 1e3)
+        """Streams whose chunks fall due one by one: every chunk is a wake-up of its own."""
+        await self._staggered("streams", DENSE, Figure.CPU_CHUNK)
+
+    async def _brief_streams(self) -> None:
+        await self._staggered("brief streams", BRIEF, Figure.CPU_CHUNK_BRIEF)
+
+    async def _staggered(self, name: str, pace: Pace, figure: Figure) -> None:
+        await self._pace(itl_ms=pace.itl_ms)
+        window = await self._closed_loop(pace.request, STREAMS, stagger_s=pace.length_s)
+        self._judge(name, pace, window)
+        self._findings.add(figure, window.cpu_ns / window.tokens / 1e3)
 
     async def _streams_in_step(self) -> None:
-        """64 streams that start together and tick together, as one engine's batch does; counted in whole rounds."""
-        rounds = max(1, round(self._plan.window_s / STREAM_S))
-        await self._pace(itl_ms=STREAM_ITL_MS)
+        """Streams that start together and tick together, as one engine's batch does; counted in whole rounds."""
+        rounds = max(1, round(self._plan.window_s / DENSE.length_s))
+        await self._pace(itl_ms=DENSE.itl_ms)
         await self._rounds(1)
-        spent_ns, tokens = await self._rounds(rounds)
-        self._findings.add(Figure.CPU_CHUNK_IN_STEP, spent_ns / tokens / 1e3)
+        window = await self._rounds(rounds)
+        self._judge("streams in step", DENSE, window)
+        self._findings.add(Figure.CPU_CHUNK_IN_STEP, window.cpu_ns / window.tokens / 1e3)
 
-    async def _rounds(self, rounds: int) -> tuple[int, int]:
-        """CPU ns and content chunks of 64 connections that each carry `rounds` streams, from connecting to the end."""
-        before = read_cpu(self._pid)
-        async with closed_loop(self._site.address, STREAM, 64, limit=64 * rounds) as load:
+    async def _rounds(self, rounds: int) -> Window:
+        """All connections, each carrying `rounds` streams, from connecting to the end."""
+        limit_s = rounds * DENSE.length_s
+        before = self._read()
+        async with closed_loop(self._site.address, DENSE.request, STREAMS, limit=STREAMS * rounds) as load:
             try:
-                async with asyncio.timeout(rounds * STREAM_S + 30):
+                async with asyncio.timeout(limit_s + 30):
                     await load.finished()
             except TimeoutError:
-                raise LoadError(f"{rounds} rounds of streams took 30 s longer than {rounds * STREAM_S:g} s") from None
-            after = read_cpu(self._pid)
+                raise LoadError(f"{rounds} rounds of streams took 30 s longer than {limit_s:g} s") from None
+            window = _between(before, self._read(), load.answers, load.tokens)
             if load.failures:
                 raise LoadError(f"failures {dict(load.failures)}")
-        return cpu_between(before, after), load.tokens
+        return window
+
+    def _judge(self, name: str, pace: Pace, window: Window) -> None:
+        if missing := shortfall(pace, window, self._load_cores):
+            self._findings.note(f"{name}: {missing}")
+
+    def _read(self) -> tuple[CpuReading, CpuReading]:
+        """The target, and everything of this measurement, the target included."""
+        return read_cpu(self._pid), read_cpu(os.getpid())
 
     async def _closed_loop(self, request: ChatRequest, connections: int, stagger_s: float = 0.0) -> Window:
         async with closed_loop(self._site.address, request, connections, stagger_s) as load:
             await asyncio.sleep(self._plan.warmup_s)
-            before, answers, tokens = read_cpu(self._pid), load.answers, load.tokens
+            before, answers, tokens = self._read(), load.answers, load.tokens
             await asyncio.sleep(self._plan.window_s)
-            after, answers, tokens = read_cpu(self._pid), load.answers - answers, load.tokens - tokens
-        if load.failures or not answers:
-            raise LoadError(f"{answers} answers, failures {dict(load.failures)}")
-        return Window(cpu_between(before, after), after.at_ns - before.at_ns, answers, tokens)
+            window = _between(before, self._read(), load.answers - answers, load.tokens - tokens)
+        if load.failures or not (window.tokens if request.stream else window.answers):
+            raise LoadError(f"{window.answers} answers, failures {dict(load.failures)}")
+        return window
 
     async def _added_ttft(self) -> None:
         """Independent callers, short streamed answers without gaps; the same schedule for both roads."""
@@ -249,6 +297,28 @@ class Visit:
             answer.raise_for_status()
 
 
+def shortfall(pace: Pace, window: Window, load_cores: int) -> str | None:
+    """What of the load was not carried, in words; None if all of it was.
+
+    Raises:
+        LoadError: worker and client, which have `load_cores`, could not keep up.
+    """
+    carried = window.tokens / window.wall_ns * 1e9
+    if carried >= CARRIED * pace.chunks_per_s:
+        return None
+    said = f"{carried:,.0f} of {pace.chunks_per_s:,.0f} chunks/s carried"
+    if window.load_cpu_ns >= BUSY * load_cores * window.wall_ns:
+        raise LoadError(f"{said}: worker and client had no more than their cores")
+    return f"{said}, the target's CPU {window.cpu_ns / window.wall_ns:.0%} of a core"
+
+
+def _between(
+    before: tuple[CpuReading, CpuReading], after: tuple[CpuReading, CpuReading], answers: int, tokens: int
+) -> Window:
+    target, everything = (cpu_between(*pair) for pair in zip(before, after, strict=True))
+    return Window(target, everything - target, after[0].at_ns - before[0].at_ns, answers, tokens)
+
+
 @asynccontextmanager
 async def _within(limit_s: float) -> AsyncIterator[None]:
     """Bound the block's time, whatever the target does with it. Raises LoadError."""
@@ -277,7 +347,7 @@ async def visit(target: Target, plan: Plan, repeat: int, cores: Cores, findings:
                 await stack.enter_async_context(running(valkey(site), cores.load, site.directory / "valkey.log"))
             async with running(target.command(site), cores.target, target_log) as process:
                 await until_ready(process, site.address, target.ready_path, target_log)
-                yield Visit(target, plan, repeat, site, process.pid, findings)
+                yield Visit(target, plan, repeat, site, process.pid, findings, load_cores=len(cores.load))
 
 
 async def bench(targets: Sequence[Target], plan: Plan, cores: Cores) -> dict[str, Findings]:

@@ -59,10 +59,10 @@ class ChatRequest:
 
 
 class StampScanner:
-    """Finds the worker's stamps (`"t":<nanoseconds>`) in a body that arrives cut at any byte."""
+    """Finds the worker's stamps (`"tok <nanoseconds>"`) in a body that arrives cut at any byte."""
 
-    _STAMP = re.compile(rb'"t":(\d+)\D')
-    _LONGEST = len(b'"t":') + 20  # 20 digits hold any 64-bit number
+    _STAMP = re.compile(rb'"tok (\d+)"')
+    _LONGEST = len(b'"tok ') + 20  # 20 digits hold any 64-bit number
 
     def __init__(self) -> None:
         self._tail = b""

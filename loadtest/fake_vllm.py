@@ -103,7 +103,7 @@ class Answer:
     def __init__(self, worker: Worker, connection: "Connection", body: ChatBody) -> None:
         self._worker, self._connection, self._body = worker, connection, body
         self._pace, self._start_ns, self._sent = worker.pace, time.monotonic_ns(), 0
-        self._content = worker.chunk % (CONTENT, b',"t":%d')
+        self._content = worker.chunk % (CONTENT, b"")
         self.closed = False
         worker.running += 1
 

@@ -11,6 +11,7 @@ class Figure(Enum):
     CPU_REQUEST_1M = ("CPU per request, 1 MB prompt", "µs", 0)
     CPU_CHUNK = ("CPU per streamed chunk, streams staggered", "µs", 1)
     CPU_CHUNK_IN_STEP = ("CPU per streamed chunk, streams in step", "µs", 1)
+    CPU_CHUNK_BRIEF = ("CPU per streamed chunk, brief slow streams", "µs", 1)
     RATE_1K = ("requests/s, 1 KB prompt, 32 connections", "1/s", 0)
     BUSY_1K = ("target's CPU meanwhile", "% of a core", 0)
     ADDED_TTFT_P50 = ("added TTFT p50 at 200 requests/s", "ms", 2)

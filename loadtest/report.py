@@ -24,9 +24,11 @@ Cells are the median (lowest–highest) of the repeats; ratios are ratios of med
 
 - **CPU per request**: CPU time of the target's whole process tree (POSIX CPU clocks, ns) ÷ answers, closed loop,
   32 keep-alive connections (8 for 1 MB prompts), answers of 64 tokens, not streamed.
-- **CPU per streamed chunk**: the same ÷ content chunks, 64 streams of 64 tokens, 32 ms between a stream's tokens,
-  the requests' own cost included. *Staggered*: every chunk is a wake-up of its own. *In step*: all streams start and
-  tick together, as one engine's batch does, counted over whole rounds from connecting to the last chunk.
+- **CPU per streamed chunk**: the same ÷ content chunks, 64 streams of 256 tokens, each a chunk every 10 ms (6,400 a
+  second), the requests' own cost included. *Staggered*: chunks fall due one by one. *In step*: all streams start and
+  tick together, as one engine's batch does, counted over whole rounds from connecting to the last chunk. *Brief slow
+  streams*: 64 tokens each, a chunk every 32 ms, staggered: a third of it are the streams' beginnings and ends. A load
+  that worker and client could not carry is no figure; one that the target could not carry is a note.
 - **Added TTFT**: open loop, Poisson arrivals, streams of 16 tokens; from the *scheduled* send time to the first content
   chunk, percentile through the target minus the same percentile of the same schedule sent straight to the worker.
 - **Added inter-token delay**: open loop, 120 streams at 20 ms per token; from the time a chunk is *due* at the worker
@@ -112,6 +114,7 @@ def ratio_table(results: Results, yardstick: str) -> str | None:
         Figure.CPU_REQUEST_1M,
         Figure.CPU_CHUNK,
         Figure.CPU_CHUNK_IN_STEP,
+        Figure.CPU_CHUNK_BRIEF,
     ):
         base = median(results, yardstick, figure)
         medians = [median(results, target, figure) for target in results]

@@ -1,8 +1,8 @@
 """What stands in for vLLM has in common: HTTP/1.1 on a raw asyncio protocol, and vLLM's shape of a chat answer.
 
-The order of a stream's chunks is vLLM's: role, content, finish, usage if asked for, `[DONE]`. Every content chunk
-carries `"t"`: the CLOCK_MONOTONIC nanosecond at which it was *due*, so a client on the same machine sees how late it
-arrives, whoever was late.
+The order of a stream's chunks is vLLM's: role, content, finish, usage if asked for, `[DONE]`. The text of each content
+chunk is a stamp, `tok 12345`: the CLOCK_MONOTONIC nanosecond at which it was *due*, so a client on the same machine
+sees how late it arrives, whoever was late. As in vLLM's streams, nothing else differs from chunk to chunk.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import msgspec
 CREATED = b'"created":1795247277,"model":"%s",'
 CHUNK = b'data: {"id":"chatcmpl-x","object":"chat.completion.chunk",' + CREATED + b'"choices":[%%s]%%s}\n\n'
 ROLE = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-CONTENT = b'{"index":0,"delta":{"content":"tok "},"logprobs":null,"finish_reason":null,"token_ids":null}'
+CONTENT = b'{"index":0,"delta":{"content":"tok %d"},"logprobs":null,"finish_reason":null,"token_ids":null}'
 FINISH = b'{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}'
 USAGE = b',"usage":{"prompt_tokens":12,"total_tokens":%d,"completion_tokens":%d}'
 WHOLE = (

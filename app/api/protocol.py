@@ -157,6 +157,10 @@ class ClientConnection(HttpToolsProtocol):
         """A part of the body of a response that is streamed: `Response` has sent its head."""
         self._write(part if self._is_unframed else b"%x\r\n%b\r\n" % (len(part), part))
 
+    def chunk_writer(self) -> Callable[[bytes], None] | None:
+        """See `relay.answer.Sink`."""
+        return None if self._is_unframed else self._write
+
     def abort(self) -> None:
         """Close now. An orderly close would wait, for ever, until the client has read what is buffered."""
         self.transport.abort()

@@ -10,11 +10,14 @@ from typing import Protocol
 from app.errors import GatewayError, WorkerLost
 from app.inference import InferenceRequest
 from app.relay.dialect import TOKEN, dialect_of
+from app.relay.passage import Passage, Way
 from app.relay.sse import EventSplitter, data_of
 from app.relay.upstream import Connection
 from app.telemetry.account import Account
 
 AFTER_LAST_EVENT_S = 1.0
+LESSONS = 16
+"""How often a stream is looked at for what its chunks have in common: some have nothing."""
 
 JSON_TYPE = b"application/json"
 SSE_TYPE = b"text/event-stream"
@@ -25,6 +28,9 @@ class Sink(Protocol):
 
     def write(self, part: bytes) -> None:
         """Send, or buffer, `part`. Never waits."""
+
+    def chunk_writer(self) -> Callable[[bytes], None] | None:
+        """What sends a part that is framed already, as one chunk of HTTP/1.1; None for a client that knows none."""
 
     def on_pause(self, listener: Callable[[bool], None] | None) -> None:
         """Have `listener` told when the client does not keep up (True), and when it does again (False)."""
@@ -117,7 +123,9 @@ class StreamedAnswer(Answer):
         "_ended",
         "_has_error",
         "_hides_usage",
+        "_lessons",
         "_splitter",
+        "_way",
         "stream",
     )
 
@@ -138,6 +146,8 @@ class StreamedAnswer(Answer):
         self._connection = stream.held.open_connection
         self._begun = stream.begun
         self._splitter = EventSplitter()
+        self._way: Way | None = None
+        self._lessons = LESSONS
         self._ended = False
         self._has_error = False
 
@@ -158,20 +168,25 @@ class StreamedAnswer(Answer):
         done = asyncio.get_running_loop().create_future()
         connection, write = self._connection, sink.write
 
+        def failed(error: Exception) -> None:
+            if not done.done():
+                done.set_exception(error)
+
         def arrived() -> None:
             try:
                 while not self._ended and (part := self._digest()) is not None:
                     if part:
                         write(part)
-                    if not connection.is_over:  # all that has come was taken
+                    if not (connection.is_over or connection.buffered_bytes):  # all that has come was taken
                         break
             except Exception as error:  # noqa: BLE001 - a callback: the error belongs to who awaits `done`
-                if not done.done():
-                    done.set_exception(error)
+                failed(error)
             if self._ended and not done.done():
                 done.set_result(None)
 
         connection.listen(arrived)
+        if write_chunk := sink.chunk_writer():
+            self._way = Way(write_chunk, self._account.token, failed, self._clock)
         sink.on_pause(connection.hold)
         try:
             arrived()
@@ -180,9 +195,16 @@ class StreamedAnswer(Answer):
             if not self.is_whole:  # else the client has all of it, as in `_await_end`
                 raise
         finally:
+            self._way = None
             sink.on_pause(None)
             connection.listen(None)
         await self._await_end()
+
+    def _learn(self, event: bytes, way: Way) -> None:
+        """Have what is like `event`, a token, pass from now on as it comes."""
+        self._lessons -= 1
+        if passage := Passage.like(event, way):
+            self._connection.passer = passage.take
 
     def _digest(self) -> bytes | None:
         """What the next bytes from the worker mean for the client; None while none have come."""
@@ -202,7 +224,10 @@ class StreamedAnswer(Answer):
         only = self._splitter.only_data(data)
         if only is not None and self._dialect.read(only) is TOKEN:  # nearly always, so it has a short way
             self._account.token(self._clock())
+            if self._way is not None and self._lessons:
+                self._learn(data, self._way)
             return data
+        self._connection.passer = None  # the splitter may have something pending
         return self._take(self._splitter.feed(data))
 
     def _take(self, events: list[bytes]) -> bytes:

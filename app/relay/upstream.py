@@ -34,6 +34,38 @@ class ConnectFailed(Exception):
 class Connection(asyncio.Protocol):
     """One connection to a worker; carries one exchange at a time. None of its callbacks waits."""
 
+    __slots__ = (
+        "_answered",
+        "_buffered",
+        "_busy",
+        "_error",
+        "_gap_timeout_s",
+        "_head_bytes",
+        "_held",
+        "_is_between_chunks",
+        "_keeps_alive",
+        "_limits",
+        "_listener",
+        "_longest_sleep_s",
+        "_loop",
+        "_parser",
+        "_parts",
+        "_paused",
+        "_progress",
+        "_since",
+        "_started",
+        "_timer",
+        "_transport",
+        "_waiter",
+        "has_body_begun",
+        "headers",
+        "idle_since",
+        "is_complete",
+        "is_over",
+        "passer",
+        "status",
+    )
+
     def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits, progress: Progress) -> None:
         self._loop = loop
         self._limits = limits
@@ -43,6 +75,9 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._listener: Callable[[], None] | None = None
+        self.passer: Callable[[bytes], bool] | None = None
+        """A listener's short way: shown first, as it came on the wire, what arrives between two chunks of a chunked
+        body. It says whether that was exactly one whole chunk and is dealt with; then nobody else hears of it."""
         self._timer: asyncio.TimerHandle | None = None
         self._busy = False
         self.idle_since = 0.0
@@ -57,6 +92,7 @@ class Connection(asyncio.Protocol):
         self._gap_timeout_s = self._limits.gap_timeout_s
         self._head_bytes = 0
         self._answered = False
+        self._is_between_chunks = False
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.is_complete = False
@@ -132,6 +168,7 @@ class Connection(asyncio.Protocol):
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Have `listener` called whenever `take` has something new to say, in the callback in which it arrives."""
         self._listener = listener
+        self.passer = None
         self._since = self._loop.time()
 
     def hold(self, is_held: bool) -> None:
@@ -144,7 +181,7 @@ class Connection(asyncio.Protocol):
     def finish(self) -> bool:
         """End the exchange. True when the connection may carry another one; otherwise it is closed at once."""
         self._busy = False
-        self._listener = None
+        self._listener = self.passer = None
         reusable = self.is_open and self.is_complete and self._error is None and self._keeps_alive
         if not reusable:
             self.abort()
@@ -219,11 +256,16 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         self._since = self._progress.heard = self._loop.time()
+        passer = self.passer
+        if passer is not None and self._is_between_chunks and passer(data):
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self._break(UpstreamBadResponse("The worker's answer is not valid HTTP."))
             return
+        if self._is_between_chunks and not data.endswith(b"\r\n"):  # the next chunk's size has begun
+            self._is_between_chunks = False
         if not self._answered:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_MAX_BYTES:
@@ -262,6 +304,12 @@ class Connection(asyncio.Protocol):
             self._parts.append(body)
             self._buffered += len(body)
             self.has_body_begun = True
+
+    def on_chunk_header(self) -> None:
+        self._is_between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._is_between_chunks = True
 
     def on_message_complete(self) -> None:
         if self.status < 200:  # an interim answer (100 Continue); the real one follows

@@ -86,7 +86,7 @@ class Worker:
         self._engine = Engine(shape)
         self._answers: dict[Sequence, Answer] = {}
         self.chunk = CHUNK % model.encode()
-        self.content = self.chunk % (CONTENT, b',"t":%d')
+        self.content = self.chunk % (CONTENT, b"")
         self.whole = WHOLE % model.encode()
         self.completion = COMPLETION % (model.encode(), USAGE % (2, 1))
 

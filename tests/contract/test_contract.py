@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.inference import InferenceRequest, Route, cache_salt
 from app.relay.dialect import usage_of_answer
+from app.relay.passage import Passage, Way
 from tests.contract.structure import runs, structure
 from tests.fakes.reading import DONE, events
 
@@ -277,6 +278,34 @@ async def test_continuous_usage_counts_up(client: httpx.AsyncClient) -> None:
     assert [chunk["usage"]["completion_tokens"] for chunk in rest] == [0, 1, 2, 3, 4, 5, 6]
     assert runs(chunk["usage"] for chunk in rest) == [[*USAGE, ("completion_tokens_details", "NoneType")]]
     assert last["choices"] == []
+
+
+async def test_chunks_of_text_differ_in_nothing_else(worker_url: str) -> None:
+    """Each event in a chunk of its own, and alike but for its text: what `relay.passage` saves its work by."""
+    chunks = await raw_chunks(worker_url, chat(max_tokens=12, stream=True))
+    passed: list[bytes] = []
+    way = Way(passed.append, lambda now: None, lambda error: None, lambda: 0.0)
+    alike = next(found for _, content in chunks if (found := Passage.like(content, way)))
+    assert [chunk for chunk, _ in chunks if alike.take(chunk)] == passed
+    assert len(passed) >= 5  # not those with escapes, nor the one that finishes
+
+
+async def raw_chunks(url: str, body: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    """An answer's chunks as they are on the wire, each with its content."""
+    content, address = json.dumps(body).encode(), httpx.URL(url)
+    head = b"POST %b HTTP/1.1\r\nhost: m\r\nconnection: close\r\ncontent-type: application/json\r\n" % CHAT.encode()
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    writer.write(head + b"content-length: %d\r\n\r\n%b" % (len(content), content))
+    async with asyncio.timeout(60):
+        _, _, rest = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    chunks = []
+    while rest:
+        size = rest.partition(b"\r\n")[0]
+        end = len(size) + 2 + int(size, 16) + 2
+        chunks.append((rest[:end], rest[len(size) + 2 : end - 2]))
+        rest = rest[end:]
+    return chunks
 
 
 async def test_two_choices_stream_side_by_side(client: httpx.AsyncClient) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from loadtest.client import Address, ChatRequest, ContentScanner, StampScanner
 
 EVENTS = b"".join(
-    b'data: {"id":"x","choices":[{"delta":{"content":"tok "}}],"t":%d}\n\n' % stamp
+    b'data: {"id":"x","choices":[{"delta":{"content":"tok %d"}}]}\n\n' % stamp
     for stamp in (7, 1_795_247_277, 2**64 - 1)
 )
 STAMPS = [7, 1_795_247_277, 2**64 - 1]
@@ -38,8 +38,8 @@ def test_one_byte_at_a_time() -> None:
 
 def test_a_stamp_counts_once_its_end_is_seen() -> None:
     scanner = StampScanner()
-    assert scanner.feed(b'{"t":12') == []
-    assert scanner.feed(b"34}") == [1234]
+    assert scanner.feed(b'{"content":"tok 12') == []
+    assert scanner.feed(b'34"}') == [1234]
     assert scanner.feed(b"\n\n") == []
 
 

@@ -121,8 +121,8 @@ async def test_the_worker_streams_in_the_order_of_vllm() -> None:
         events = (await client.post("/v1/chat/completions", json=body)).text.split("\n\n")
     marks = [
         '"role":"assistant"',
-        '"content":"tok "',
-        '"content":"tok "',
+        '"content":"tok ',
+        '"content":"tok ',
         '"finish_reason":"stop"',
         '"usage"',
         "[DONE]",
