@@ -46,7 +46,7 @@ JAEGER_URL, OTLP_URL = "http://127.0.0.1:16686", "http://otel-collector:4318/v1/
 TARGETS = {"worker-cpu": "worker", "recipes": "recipes", "gateway": "gateway"}
 TOKENS = 1800
 """Of a stream that is stopped in its midst: half a minute's work where nothing else runs, minutes where much does."""
-LEFT_S = 20.0
+LEFT_S = 25.0
 """What is left of it then, at its pace so far: more than the stop takes to begin, less than the time to drain."""
 WARM = 16
 """Tokens until there is a pace to speak of."""
