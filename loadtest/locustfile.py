@@ -42,6 +42,8 @@ CHAT = "/v1/chat/completions"
 REPLAY = "replay"
 MOST_AT_ONCE = 2_000
 """Of a replayed trace: what is due while so many are under way is counted as `no_connection`, not sent."""
+USERS_PER_S = 100.0
+"""That are started where `-r` says nothing; locust's own 1 would make a slope of every spike."""
 BATCH_POLL_S = 2.0
 
 
@@ -114,9 +116,10 @@ class Shape(LoadTestShape):
         background: list[Any] = [BatchUser] if swarm.options.batch_lines else []
         if swarm.shape is None:
             late = self.get_run_time() > swarm.arrivals[-1].at_s + 600
-            return None if swarm.replay_is_over or late else (1 + len(background), 100.0, [TraceUser, *background])
+            is_over = swarm.replay_is_over or late
+            return None if is_over else (1 + len(background), USERS_PER_S, [TraceUser, *background])
         users = swarm.shape.users(self.get_run_time())
-        rate = max(1.0, float(swarm.options.spawn_rate or 100))
+        rate = max(1.0, swarm.options.spawn_rate)
         return None if users is None else (users + len(background), rate, [ChatUser, *background])
 
 
@@ -316,6 +319,7 @@ class BatchUser(Asker):
 
 @events.init_command_line_parser.add_listener
 def _options(parser: LocustArgumentParser) -> None:
+    parser.set_defaults(spawn_rate=USERS_PER_S)
     add = parser.add_argument
     add("--model", default="smollm2", help="what is asked for")
     add("--load-shape", choices=(*shapes.NAMES, REPLAY), default="steady", help="-u is its peak, -t its length")
