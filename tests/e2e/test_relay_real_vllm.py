@@ -22,6 +22,7 @@ from tests.contract.real_worker import RealWorker, started_worker
 from tests.e2e.cut import Scissors, Wire
 from tests.fakes.reading import DONE, Event, events
 from tests.integration.gateway.running import GatewayProcess, until
+from tests.integration.gateway.wire import connected
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="session")]
 
@@ -63,8 +64,9 @@ async def gateway_before(directory: Path, *urls: str, resume: bool) -> AsyncIter
     """A gateway with one model, `m`, that the workers at `urls` serve."""
     listed = [{"url": url, "served_model": "m", "max_concurrency": 4} for url in urls]
     models = [{"name": "m", "resume": resume, "variants": [{"name": "dense", "workers": listed}]}]
-    # Streams are cut here again and again, on workers that have to stay.
-    async with GatewayProcess(directory, models, relay={"failures_until_ejected": 100}) as gateway:
+    # Streams are cut here again and again, and wires fall silent, on workers that have to stay.
+    health = {"probe_interval_s": 0.2, "probe_misses": 100, "progress_timeout_s": 600}
+    async with GatewayProcess(directory, models, relay={"failures_until_ejected": 100}, health=health) as gateway:
 
         async def all_ready() -> bool:
             return all(worker["state"] == "ready" for worker in (await gateway.workers()).values())
@@ -148,16 +150,14 @@ def runs(worker: RealWorker, count: int) -> Callable[[], Awaitable[bool]]:
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_leaves_stops_the_engine(cuttable: Cuttable, stream: bool) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1500, "ignore_eos": True}
-    async with httpx.AsyncClient(base_url=cuttable.gateway.url, timeout=120) as leaving:
-        asking = asyncio.create_task(begun(leaving, {**body, "stream": stream}))
+    async with connected(cuttable.gateway.url) as leaving:
+        await leaving.post(CHAT, {**body, "stream": stream})
         await until(runs(cuttable.worker, 1), "the engine runs it")
         if stream:
-            await asking
+            await leaving.until(b"data:")
         # From here on the gateway hears nothing of the worker: a token on a connection that nobody wants any more would
         # tell it what it has to find out by itself.
         cuttable.scissors.flows.clear()
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
     try:
         left = time.monotonic()
         await until(runs(cuttable.worker, 0), "the engine stopped", timeout_s=10)
@@ -165,12 +165,6 @@ async def test_a_client_that_leaves_stops_the_engine(cuttable: Cuttable, stream:
     finally:
         cuttable.scissors.flows.set()
     await cuttable.gateway.idle()
-
-
-async def begun(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
-    """Ask, and read the first bytes of the answer; the connection is left to the client to close."""
-    answer = await client.send(client.build_request("POST", CHAT, json=body), stream=True)
-    await anext(answer.aiter_raw())
 
 
 LASTING: dict[str, Any] = {
