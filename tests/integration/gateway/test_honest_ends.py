@@ -188,9 +188,9 @@ async def test_a_worker_that_hangs_up_at_once_is_an_honest_status(tmp_path: Path
         models = [{"name": "m", "variants": [{"name": "v", "workers": [seen]}]}]
         short = {"no_worker_timeout_s": 0.3}
         async with GatewayProcess(tmp_path, models, admission=short) as gateway:
-            for _ in range(10):
+            for turn in range(10):  # each time another request: one that comes again is soon suspect of the hanging up
                 proxy.hangs_up = True
-                answer = await gateway.http.post(CHAT, json=chat())
+                answer = await gateway.http.post(CHAT, json=chat(nonce=f"turn {turn}"))
                 assert (answer.status_code, answer.json()["error"]["code"]) in UNREACHED
                 proxy.hangs_up = False
 
