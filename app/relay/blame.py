@@ -32,6 +32,7 @@ class Blame:
         self._clock = clock
         self._quarantine = Quarantine(limits.quarantine_s)
         self._deaths = Counter[str]()
+        self._dead = set[str]()
         self._casualties: defaultdict[str, deque[tuple[float, Fingerprint]]] = defaultdict(
             lambda: deque(maxlen=MOST_CASUALTIES)
         )
@@ -67,13 +68,23 @@ class Blame:
         self._registry.change(worker, transitions.refused(worker.condition, "it died at work"))
 
     def lost(self, worker: Worker) -> None:
-        """It was found dead: what it just held is suspect of having killed it."""
-        self._deaths[worker.id] += 1
+        """It was found dead: what it just held is suspect of having killed it.
+
+        While it dies it may be found silent in between, and dead again: that is one death.
+        """
+        if worker.id not in self._dead:
+            self._dead.add(worker.id)
+            self._deaths[worker.id] += 1
         self._suspect(worker)
+
+    def lives(self, worker: Worker) -> None:
+        """It is ready, so it can die again."""
+        self._dead.discard(worker.id)
 
     def forget(self, worker: Worker) -> None:
         """It is gone for good."""
         self._deaths.pop(worker.id, None)
+        self._dead.discard(worker.id)
         self._casualties.pop(worker.id, None)
 
     def left(self, attempt: Attempt) -> None:

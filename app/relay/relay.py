@@ -195,6 +195,8 @@ class Relay:
             self._upstreams[worker.id].give_up(self._limits.stalled_gap_timeout_s)
         elif worker.condition.state is State.LOST:
             self._blame.lost(worker)
+        elif worker.condition.state is State.READY:
+            self._blame.lives(worker)
 
     def _elsewhere(self, candidates: tuple[str, ...], worker: Worker, fault: Fault) -> tuple[str, ...]:
         """Where to try again: on the same worker only if it has to be, or if all that it needed was a rest."""

@@ -9,6 +9,7 @@ from typing import Any
 from app.errors import NoHealthyWorker, RequestQuarantined
 from app.inference import InferenceRequest, Route
 from app.relay.quarantine import cell_of
+from app.workers import worker as transitions
 from app.workers.worker import State
 from tests.fakes.worker import FakeWorker
 from tests.integration.faults.asking import Client, MakePool, attempts
@@ -42,6 +43,23 @@ async def test_f20_at_most_two_workers_die_of_one_request(pool: MakePool) -> Non
         assert isinstance(again.error, RequestQuarantined)
         assert not any(worker.crashed for worker in workers)
         assert (await home.ask("harmless")).ok
+
+
+async def test_f20_a_worker_that_is_found_dead_twice_died_once(pool: MakePool) -> None:
+    """While it dies its port may take connections and say nothing, so that it is lost, silent and lost again."""
+    first, second = await pool(2)
+    async with house(first, second) as home:
+        worker, blame = home.known(first), home.gateway._relay._blame
+        await first.stop()
+        await home.becomes(first, State.LOST)
+        home.runtime.registry.change(worker, transitions.missed(worker.condition, "silent", 1))
+        await home.becomes(first, State.LOST)
+        assert blame._deaths[worker.id] == 1
+        await first.start()
+        await home.becomes(first, State.READY)
+        await first.stop()
+        await home.becomes(first, State.LOST)
+        assert blame._deaths[worker.id] == 2
 
 
 async def test_f20_a_request_that_kills_within_its_stream_is_remembered_too(pool: MakePool) -> None:
