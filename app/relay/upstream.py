@@ -175,7 +175,7 @@ class Connection(asyncio.Protocol):
         """Stop reading from the worker, or go on: a listener's client does not keep up. The gap limit stands still."""
         self._held = is_held
         self._since = self._loop.time()
-        if self.is_open and not self.is_complete:
+        if self.is_open and not (is_held and self.is_complete):
             (self._transport.pause_reading if is_held else self._transport.resume_reading)()
 
     def finish(self) -> bool:
@@ -185,6 +185,8 @@ class Connection(asyncio.Protocol):
         reusable = self.is_open and self.is_complete and self._error is None and self._keeps_alive
         if not reusable:
             self.abort()
+        elif self._held or self._paused:  # or the next answer, and its loss, would never be heard of
+            self._transport.resume_reading()
         return reusable
 
     def abort(self) -> None:

@@ -245,6 +245,36 @@ def test_an_answer_that_keeps_coming_ends_at_the_limit_of_a_whole_one() -> None:
     loop.close()
 
 
+class ReadLine(Line):
+    """Knows whether it is read from."""
+
+    is_read = True
+
+    def pause_reading(self) -> None:
+        self.is_read = False
+
+    def resume_reading(self) -> None:
+        self.is_read = True
+
+
+@pytest.mark.parametrize(("size", "leaves_hold"), [(2, True), (2, False), (2 * BUFFER_MAX_BYTES, False)])
+def test_a_connection_that_was_not_read_from_at_the_end_is_read_from_again(size: int, leaves_hold: bool) -> None:
+    """A client that did not keep up, or an answer of which not all was taken: what comes next has to be heard."""
+    loop, line = SteppingLoop(), ReadLine()
+    connection = Connection(loop, Limits(), Progress())
+    connection.connection_made(line)
+    connection.start(b"", b"")
+    connection.hold(size == 2)
+    connection.data_received(OK + b"content-length: %d\r\n\r\n" % size + b"x" * size)
+    assert not line.is_read
+    if leaves_hold:
+        connection.hold(False)
+    assert connection.finish()
+    assert line.is_read
+    connection.abort()
+    loop.close()
+
+
 async def test_nobody_listens() -> None:
     port = free_port()
     upstream = Upstream(WorkerAddress(f"127.0.0.1:{port}", "127.0.0.1", port, "m", 1), Limits())
