@@ -200,7 +200,7 @@ async def test_headers_that_dribble_are_no_first_byte() -> None:
     server = await asyncio.start_server(dribble, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     upstream = Upstream(WorkerAddress("w", "127.0.0.1", port, "m", 1), Limits(first_byte_timeout_s=0.1))
-    async with server, asyncio.timeout(20):
+    async with server, asyncio.timeout(30):
         with pytest.raises(UpstreamTimeout):
             await read_all(upstream)
         await ended.wait()
