@@ -103,7 +103,7 @@ class Namespace:
     def __enter__(self) -> Namespace:
         subprocess.run(["ip", "netns", "add", self.name], check=True)
         subprocess.run(["ip", "-n", self.name, "link", "set", "lo", "up"], check=True)
-        self._threads = ThreadPoolExecutor(4, initializer=self._enter)
+        self._threads = ThreadPoolExecutor(8, initializer=self._enter)
         return self
 
     def __exit__(self, *_: object) -> None:
