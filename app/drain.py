@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from app.errors import Draining
 from app.served import Served
+from app.telemetry.logs import Log
 
 RETRY_AFTER_S = 1.0  # another replica, or this one's successor, is there already
 
@@ -19,16 +20,18 @@ RETRY_AFTER_S = 1.0  # another replica, or this one's successor, is there alread
 class Drain:
     """The steps; who takes them, and when, is the server's to say. None of them waits."""
 
-    __slots__ = ("_served", "_turn_away", "is_quiet")
+    __slots__ = ("_log", "_served", "_turn_away", "is_quiet")
 
-    def __init__(self, turn_away: Callable[[Draining], None], served: Served) -> None:
+    def __init__(self, turn_away: Callable[[Draining], None], served: Served, log: Log) -> None:
         self._turn_away = turn_away
         self._served = served
+        self._log = log
         self.is_quiet = False
 
     def begin(self) -> None:
         """Be quiet: whoever asks whether to send requests here is told not to."""
         self.is_quiet = True
+        self._log.info("draining", requests=len(self._served))
 
     def turn_away(self) -> None:
         """Refuse who waits for a slot, now and from now on."""
@@ -37,7 +40,8 @@ class Drain:
     def cut(self) -> None:
         """End what is left."""
         self.turn_away()
-        self._served.cut(_error())
+        if count := self._served.cut(_error()):
+            self._log.warning("drain time over", requests=count)
 
 
 def _error() -> Draining:

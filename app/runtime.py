@@ -119,7 +119,7 @@ async def open_runtime(
     held = admission.held if settings.redis is None else None
     monitor = Monitor(registry, settings.health, clock, offer=capacity.offer, held=held)
     served = Served()
-    drain = Drain(admission.turn_away, served)
+    drain = Drain(admission.turn_away, served, log)
     pepper = Pepper(secret)
     stores = stores_of(settings) if settings.is_guarded else []
     ends = Revocations(served, log)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Protocol
 
 from app.errors import GatewayError
@@ -31,14 +31,19 @@ class Served:
     def closed(self, request: Cuttable) -> None:
         self._requests.discard(request)
 
-    def cut(self, error: GatewayError) -> None:
-        """End all of them."""
-        for request in list(self._requests):
-            request.cut(error)
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def cut(self, error: GatewayError) -> int:
+        """End all of them; how many they are."""
+        return _cut(list(self._requests), error)
 
     def cut_of(self, key_ids: Set[str], error: GatewayError) -> int:
         """End those that came with one of these keys; how many they are."""
-        meant = [request for request in self._requests if request.key_id in key_ids]
-        for request in meant:
-            request.cut(error)
-        return len(meant)
+        return _cut([request for request in self._requests if request.key_id in key_ids], error)
+
+
+def _cut(meant: Sequence[Cuttable], error: GatewayError) -> int:
+    for request in meant:
+        request.cut(error)
+    return len(meant)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -38,6 +39,15 @@ async def running(directory: Path, **settings: Any) -> AsyncIterator[tuple[Gatew
 async def ended(gateway: GatewayProcess, timeout_s: float = 60.0) -> int:
     """The exit code, once the process has ended."""
     return await asyncio.to_thread(gateway.process.wait, timeout_s)
+
+
+def told(gateway: GatewayProcess) -> dict[str, int]:
+    """How many requests its processes have told of, by the step of their end."""
+    lines = [json.loads(line) for line in gateway.process.output.splitlines() if '"requests"' in line]
+    counts = Counter[str]()
+    for line in lines:
+        counts[line["event"]] += line["requests"]
+    return dict(counts)
 
 
 async def refuses(gateway: GatewayProcess) -> None:
@@ -91,6 +101,7 @@ async def test_open_and_waiting_requests_are_finished(tmp_path: Path, processes:
             assert events(content)[-1].data == DONE
         assert await ended(gateway) == 0
         assert "Traceback" not in gateway.process.output
+        assert told(gateway) == {"draining": 2}
 
 
 async def test_it_says_so_and_serves_on_until_load_balancers_have_noticed(tmp_path: Path) -> None:
@@ -170,6 +181,7 @@ async def test_a_stream_that_outlasts_the_drain_limit_is_broken_honestly(tmp_pat
         assert json.loads(rest[rest.index(b"data: ") + 6 : rest.rindex(b"\n\n")])["error"]["code"] == "draining"
         assert await ended(gateway) == 0
         assert time.monotonic() - begun > 0.9
+        assert told(gateway) == {"draining": 1, "drain time over": 1}
         assert '"code":"draining"' in gateway.process.output.replace(" ", "")
         await worker.wait_for(open=0)
 
