@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -27,7 +27,8 @@ from app.telemetry.metrics import Metrics
 
 ORPHAN_S = 60.0
 SWEEP_S = 600.0
-STOP_S = 5.0
+WIND_DOWN_S = 3.0  # at a stop, for lines that are being answered: given up, they would be computed twice
+STOP_S = 3.0  # and then for what is finished to be stored
 LOOK_PAUSE_S = 0.05
 GIVE_WAY_S = 0.2
 INSPECTED_BYTES = 32 * 1024  # in one go, about a millisecond
@@ -78,20 +79,21 @@ class Runner:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Do the work. In the end what is finished is stored, and the rest let go for others to take."""
+        """Do the work. In the end what is being answered is finished, for seconds, and stored; the rest is let go."""
         looking = asyncio.create_task(self._run())
         beside = [asyncio.create_task(work) for work in (self._renew(), self._give_way())]
         try:
             yield
         finally:
             looking.cancel()
+            tasks = list(self._tasks.values())
+            for run in self._ranges.values():
+                run.wind_down()
+            await _ended(tasks, WIND_DOWN_S)
             for run in self._ranges.values():
                 run.stop()
-            tasks = list(self._tasks.values())
-            if tasks:
-                _, late = await asyncio.wait(tasks, timeout=STOP_S)
-                for task in late:
-                    task.cancel()
+            for task in await _ended(tasks, STOP_S):
+                task.cancel()
             for task in beside:
                 task.cancel()
             await asyncio.gather(looking, *beside, *tasks, return_exceptions=True)
@@ -360,6 +362,12 @@ class Runner:
         records = await self._journal.sweep(self._limits.batches_kept_s, self._limits.keys_kept_s)
         if files or records:
             self._log.info("batches swept", files=files, records=records)
+
+
+async def _ended(tasks: Iterable[asyncio.Task[None]], timeout_s: float) -> set[asyncio.Task[None]]:
+    """Wait for the end of all of these; those that have not ended in time."""
+    running = {task for task in tasks if not task.done()}
+    return (await asyncio.wait(running, timeout=timeout_s))[1] if running else running
 
 
 def _is_over(head: Head | None, lines: int) -> bool:

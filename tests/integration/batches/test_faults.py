@@ -241,7 +241,7 @@ async def test_a_stopped_gateway_stores_what_is_finished(tmp_path: Path) -> None
         worker.heal()
         async with alone(tmp_path, worker) as (gateway, client):
             await check_done(client, requests, batch)
-        # What was answered before the stop was not asked again.
+        # What was being answered was finished and stored: nothing was asked for twice.
         assert set(Counter(answered_by(worker)).values()) == {1}
 
 
