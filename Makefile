@@ -42,7 +42,7 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 	@$(BIN)/python -m app.launcher.environments $(BIN)/python $(LOCK) .
 	@touch $@
 
-check: lint  ## Everything that needs no real worker: linters, types, imports, tests (ten minutes on two cores)
+check: lint  ## Everything that needs no real worker: linters, types, imports, tests
 	$(PYTEST) -n 3 -m "not vllm and not slow and not compose"
 
 lint: install

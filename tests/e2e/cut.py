@@ -32,7 +32,7 @@ class Wire:
         self._server.close()
         for writer in self._near:
             writer.transport.abort()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             while self._near:
                 await asyncio.sleep(0.01)
 

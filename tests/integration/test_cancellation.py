@@ -96,7 +96,7 @@ async def test_nothing_leaks_wherever_a_request_is_cancelled(stream: bool, busy:
             assert home.ended() == ended + 1 + busy
             if home.cancelled() != cancelled + cancelled_at.reached:
                 assert life.is_read, "only an answer that was read to its end may end well all the same"
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(5):
                 await worker.wait_for(open=0)
             if worker.counts.seen > seen and not life.is_read:
                 assert worker.requests[-1].outcome == "aborted"

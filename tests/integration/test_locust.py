@@ -83,7 +83,7 @@ async def test_people_talk_while_a_batch_runs_and_goals_decide_the_exit_code(tmp
     assert [record.code for record in records if record.kind == "batch"][:1] == [""]
     table = rows(run)
     asked = sum(int(table["POST", f"chat {band}"]["Request Count"]) for band in ("priority", "flex"))
-    assert 0 < asked <= len(said), "the CSV is written each second, and not once more at the end"
+    assert 0.5 * len(said) <= asked <= len(said), "the CSV is written each second, and not once more at the end"
     for measure in ("TTFT", "ITL", "TPOT", "tokens/s"):
         assert int(table[measure, "flex"]["Request Count"]) > 0
     assert int(table["", "Aggregated"]["Request Count"]) < asked + int(table["ITL", "flex"]["Request Count"])

@@ -16,7 +16,7 @@ from app.redis_server import RedisServer
 from tests.fakes.fault_proxy import FaultProxy
 from tests.processes import Valkey
 
-SOON_S = 1.0
+SOON_S = 0.2
 LONG_S = 10.0
 
 
