@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.fakes.engine import PrefixCache, Timing
 from tests.fakes.generation import example
+from tests.fakes.reading import DONE, events
 from tests.fakes.vocabulary import Vocabulary, pieces
 from tests.fakes.worker import FakeWorker
 
@@ -51,6 +52,15 @@ async def test_ignore_eos_repeats_up_to_the_limit(fake_worker: FakeWorker) -> No
     answer = await answer_of(fake_worker, ask("a b", max_tokens=5, ignore_eos=True))
     assert content(answer) == "a ba ba"
     assert answer["choices"][0]["finish_reason"] == "length"
+
+
+async def test_a_stream_has_an_event_a_token(fake_worker: FakeWorker) -> None:
+    """Which a busy vLLM has not: the contract does not ask for it, tests that count events of the fake do."""
+    body = ask("a b", stream=True, max_tokens=5, ignore_eos=True, return_token_ids=True)
+    async with httpx.AsyncClient(base_url=fake_worker.url, timeout=30) as client:
+        _, *chunks, end = events((await client.post(CHAT, json=body)).content)
+    assert [len(chunk.json["choices"][0]["token_ids"]) for chunk in chunks] == [1] * 5
+    assert end.data == DONE
 
 
 async def test_a_nonce_marks_every_token(fake_worker: FakeWorker) -> None:
