@@ -113,7 +113,8 @@ class OpenLoopResult:
         chunk_delay_ns: from the time each content chunk was due at the worker to its arrival.
         offered: requests scheduled.
         unfinished: requests without a complete answer when the load ended.
-        failures: as in `ClosedLoop`.
+        failures: another status, or `lost` for an exchange whose connection the target closed; one that carries none
+            may be closed, be it for having waited too long.
     """
 
     offered: int
@@ -198,8 +199,9 @@ class OpenLoop:
     def on_lost(self, connection: Connection) -> None:
         if self._done.done():
             return
-        self._result.failures["lost"] += 1
-        self._under_way.discard(connection)
+        if connection in self._under_way:
+            self._result.failures["lost"] += 1
+            self._under_way.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
         self._finish_when_empty()

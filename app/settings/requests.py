@@ -12,7 +12,9 @@ from app.settings.part import Part
 class Limits(Part):
     """Bounds on what a client may send, as HTTP."""
 
-    header_timeout_s: float = Field(10, gt=0, le=600, description="from the first byte to the last header's end")
+    header_timeout_s: float = Field(
+        10, gt=0, le=600, description="to the last header's end, from connecting or a later request's first byte"
+    )
     header_bytes: int = Field(32 * 1024, ge=1024, description="all headers of a request together")
     header_count: int = Field(100, ge=8, le=10_000, description="of one request")
     target_bytes: int = Field(8 * 1024, ge=256, description="the path and the query together")

@@ -71,6 +71,45 @@ async def test_a_closed_loop_tells_what_failed() -> None:
         assert load.answers == 0
 
 
+async def test_an_open_loop_does_without_an_unused_connection() -> None:
+    """As gateways close those on which no request comes."""
+    made: list[Connection] = []
+
+    class Choosy(Connection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            made.append(self)
+            if len(made) == 1:
+                self._transport.close()
+
+    with Pacer(asyncio.get_running_loop()) as pacer:
+        serve = partial(Choosy, Worker("m", pacer, Pace()))
+        async with await asyncio.get_running_loop().create_server(serve, "127.0.0.1", 0) as server:
+            address = Address(server.sockets[0].getsockname()[1])
+            times = jittered_times(rate=200, seconds=0.25, seed=1)
+            seen = await open_loop(address, STREAM, times, warmup_s=0, connections=20, grace_s=10)
+    assert (len(made), len(seen.ttft_ns), seen.unfinished, seen.failures) == (20, 50, 0, {})
+
+
+async def test_an_open_loop_tells_of_answers_that_are_cut() -> None:
+    cut: list[Connection] = []
+
+    class Cutting(Connection):
+        def post(self, body: bytes) -> None:
+            if cut:
+                return super().post(body)
+            cut.append(self)
+            return self._transport.abort()
+
+    with Pacer(asyncio.get_running_loop()) as pacer:
+        serve = partial(Cutting, Worker("m", pacer, Pace()))
+        async with await asyncio.get_running_loop().create_server(serve, "127.0.0.1", 0) as server:
+            address = Address(server.sockets[0].getsockname()[1])
+            times = jittered_times(rate=200, seconds=0.25, seed=1)
+            seen = await open_loop(address, STREAM, times, warmup_s=0, connections=20, grace_s=10)
+    assert (len(seen.ttft_ns), seen.unfinished, seen.failures) == (49, 0, {"lost": 1})
+
+
 async def test_an_open_loop_samples_every_request_and_chunk() -> None:
     async with serving(Pace(ttft_ms=5, itl_ms=1)) as (_, address):
         times = jittered_times(rate=200, seconds=0.25, seed=1)
