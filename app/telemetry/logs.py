@@ -54,8 +54,9 @@ def open_audit(settings: Logs) -> Log:
 
 
 def _logger(settings: Logs, level: int) -> Log:
+    # A line is one write, so that those of several processes do not run into each other.
     log: Log = structlog.wrap_logger(
-        structlog.PrintLogger(sys.stderr),
+        structlog.WriteLogger(sys.stderr),
         processors=[*_shared(), structlog.processors.format_exc_info, _renderer(settings)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
