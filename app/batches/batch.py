@@ -173,8 +173,11 @@ class Batch:
         return self.status is Status.IN_PROGRESS
 
     def is_overdue(self, now: float) -> bool:
-        """Whether its window is over, and nothing has been done about it."""
-        return now >= self.created.expires_at and self.status in (Status.VALIDATING, Status.IN_PROGRESS)
+        """Whether its window is over, and nothing has been done about it.
+
+        Never before its input was looked through: what expires says of every line that it was not run.
+        """
+        return now >= self.created.expires_at and self.status is Status.IN_PROGRESS
 
 
 def of_events(events: Iterable[AnyEvent]) -> Batch:
@@ -217,8 +220,6 @@ def _next(batch: Batch, event: AnyEvent) -> Status:
         case Status.VALIDATING | Status.IN_PROGRESS, Cancelled():
             return Status.CANCELLING
         case Status.IN_PROGRESS, Closing(outcome=Status.COMPLETED | Status.EXPIRED):
-            return Status.FINALIZING
-        case Status.VALIDATING, Closing(outcome=Status.EXPIRED):
             return Status.FINALIZING
         case Status.CANCELLING, Closing(outcome=Status.CANCELLED) if batch.closing is None:
             return Status.CANCELLING

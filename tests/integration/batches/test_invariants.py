@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,17 +83,29 @@ class BatchesUnderFaults(RuleBasedStateMachine):
     @rule(data=st.data(), endings=st.lists(st.sampled_from(ENDINGS), min_size=1, max_size=7), keyed=st.booleans())
     def create(self, data: st.DataObject, endings: list[str], keyed: bool) -> None:
         """Upload and create; the gateway may die on the way. Told is told."""
+        self._create(data.draw(st.sampled_from(self._answering())), endings, keyed=keyed)
+        self._pass(0.6)
+
+    @precondition(lambda self: self._answering())
+    @rule()
+    def create_too_late(self) -> None:
+        """Nobody gets to look through the input until the window is over."""
+        self.table.is_down = True
+        self._create(self._answering()[0], ENDINGS[:2], keyed=False)
+        self.jumped_s += WINDOW_S
+        self._be_well()
+        self._pass(0.6)
+
+    def _create(self, gateway: MortalGateway, endings: Sequence[str], *, keyed: bool) -> None:
         self.made += 1
         ids = [f"b{self.made}l{number}{ending}" for number, ending in enumerate(endings)]
         text = jsonl(line(custom_id, user=custom_id) for custom_id in ids)
-        gateway = data.draw(st.sampled_from(self._answering()))
         with suppress(Died, GatewayError):
             kept_s = LIMITS.files_kept_s
             file = self._do(gateway.files.add(TENANT, _pieces(text), filename="f", purpose="batch", kept_s=kept_s))
             self.inputs[file.id] = ids
             asked = Asked(file.id, CHAT, f"{WINDOW_S}s", None, None, text, f"key{self.made}" if keyed else None)
             self.orders.append(Order(asked, self._do(gateway.batches.create(TENANT, asked)).id))
-        self._pass(0.6)
 
     @precondition(lambda self: self._answering() and any(order.asked.key for order in self.orders))
     @rule(data=st.data())
@@ -243,7 +255,7 @@ class BatchesUnderFaults(RuleBasedStateMachine):
                 if batch.status is Status.COMPLETED and file_id == batch.closing.error_file_id:
                     assert all(name.endswith(("bad", "shaky")) for name in ids), "a line failed, and nothing was wrong"
         expected = Counter(self.inputs[batch.created.input_file_id])
-        if batch.status in (Status.COMPLETED, Status.EXPIRED) and batch.total:
+        if batch.status in (Status.COMPLETED, Status.EXPIRED):
             assert told == expected, "I18: one record for each line"
         else:
             assert told <= expected, "I18: at most one record for each line"
