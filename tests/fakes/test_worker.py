@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.fakes.engine import PrefixCache, Timing
 from tests.fakes.generation import example
-from tests.fakes.reading import DONE, events
+from tests.fakes.reading import DONE, Event, events
 from tests.fakes.vocabulary import Vocabulary, pieces
 from tests.fakes.worker import FakeWorker
 
@@ -54,13 +54,33 @@ async def test_ignore_eos_repeats_up_to_the_limit(fake_worker: FakeWorker) -> No
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
+async def streamed(worker: FakeWorker, path: str = CHAT, **fields: Any) -> list[Event]:
+    """The events of a stream of five tokens."""
+    body = ask("a b", **{"stream": True, "max_tokens": 5, "ignore_eos": True, **fields})
+    async with httpx.AsyncClient(base_url=worker.url, timeout=30) as client:
+        return events((await client.post(path, json=body)).content)
+
+
 async def test_a_stream_has_an_event_a_token(fake_worker: FakeWorker) -> None:
     """Which a busy vLLM has not: the contract does not ask for it, tests that count events of the fake do."""
-    body = ask("a b", stream=True, max_tokens=5, ignore_eos=True, return_token_ids=True)
-    async with httpx.AsyncClient(base_url=fake_worker.url, timeout=30) as client:
-        _, *chunks, end = events((await client.post(CHAT, json=body)).content)
+    _, *chunks, end = await streamed(fake_worker, return_token_ids=True)
     assert [len(chunk.json["choices"][0]["token_ids"]) for chunk in chunks] == [1] * 5
     assert end.data == DONE
+
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *counted, _, _ = await streamed(fake_worker, stream_options=options)
+    assert [chunk.json["usage"]["completion_tokens"] for chunk in counted] == [0, 1, 2, 3, 4, 5]
+
+    _, _, *both, _ = await streamed(fake_worker, n=2, temperature=1.0)
+    for index in (0, 1):
+        own = [choice for chunk in both for choice in chunk.json["choices"] if choice["index"] == index]
+        assert [choice["finish_reason"] for choice in own] == [None] * 4 + ["length"]
+
+    *texts, _ = await streamed(fake_worker, "/v1/completions", prompt="a b")
+    assert [chunk.json["choices"][0]["finish_reason"] for chunk in texts] == [None] * 4 + ["length"]
+
+    messages = await streamed(fake_worker, "/v1/messages")
+    assert [event.name for event in messages].count("content_block_delta") == 5
 
 
 async def test_a_nonce_marks_every_token(fake_worker: FakeWorker) -> None:

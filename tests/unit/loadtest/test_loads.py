@@ -18,11 +18,14 @@ STREAM = ChatRequest(100, 4, stream=True)
 
 
 @asynccontextmanager
-async def serving(pace: Pace = Pace()) -> AsyncIterator[tuple[Worker, Address]]:  # noqa: B008
+async def serving(
+    pace: Pace = Pace(),  # noqa: B008
+    connection: type[Connection] = Connection,
+) -> AsyncIterator[tuple[Worker, Address]]:
     loop = asyncio.get_running_loop()
     with Pacer(loop) as pacer:
         worker = Worker("m", pacer, pace)
-        async with await loop.create_server(partial(Connection, worker), "127.0.0.1", 0) as server:
+        async with await loop.create_server(partial(connection, worker), "127.0.0.1", 0) as server:
             yield worker, Address(server.sockets[0].getsockname()[1])
 
 
@@ -82,12 +85,9 @@ async def test_an_open_loop_does_without_an_unused_connection() -> None:
             if len(made) == 1:
                 self._transport.close()
 
-    with Pacer(asyncio.get_running_loop()) as pacer:
-        serve = partial(Choosy, Worker("m", pacer, Pace()))
-        async with await asyncio.get_running_loop().create_server(serve, "127.0.0.1", 0) as server:
-            address = Address(server.sockets[0].getsockname()[1])
-            times = jittered_times(rate=200, seconds=0.25, seed=1)
-            seen = await open_loop(address, STREAM, times, warmup_s=0, connections=20, grace_s=10)
+    async with serving(connection=Choosy) as (_, address):
+        times = jittered_times(rate=200, seconds=0.25, seed=1)
+        seen = await open_loop(address, STREAM, times, warmup_s=0, connections=20, grace_s=10)
     assert (len(made), len(seen.ttft_ns), seen.unfinished, seen.failures) == (20, 50, 0, {})
 
 
@@ -101,12 +101,9 @@ async def test_an_open_loop_tells_of_answers_that_are_cut() -> None:
             cut.append(self)
             return self._transport.abort()
 
-    with Pacer(asyncio.get_running_loop()) as pacer:
-        serve = partial(Cutting, Worker("m", pacer, Pace()))
-        async with await asyncio.get_running_loop().create_server(serve, "127.0.0.1", 0) as server:
-            address = Address(server.sockets[0].getsockname()[1])
-            times = jittered_times(rate=200, seconds=0.25, seed=1)
-            seen = await open_loop(address, STREAM, times, warmup_s=0, connections=20, grace_s=10)
+    async with serving(connection=Cutting) as (_, address):
+        times = jittered_times(rate=200, seconds=0.25, seed=1)
+        seen = await open_loop(address, STREAM, times, warmup_s=0, connections=20, grace_s=10)
     assert (len(seen.ttft_ns), seen.unfinished, seen.failures) == (49, 0, {"lost": 1})
 
 
